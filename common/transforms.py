@@ -1,0 +1,75 @@
+"""Views on (image, label) samples, built on torchvision.transforms.v2.
+
+A view draws from torch's default generator only, which `Samples` seeds for each sample; images stay
+uint8 until `normalize` runs on the training device.
+"""
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from common.datasets import IGNORE
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in [0, 1]
+STD = (0.229, 0.224, 0.225)
+MEAN_COLOR = tuple(round(255 * value) for value in MEAN)  # uint8 that normalizes to 0
+
+
+def normalize(image: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> float32, ImageNet statistics, channels last."""
+    mean = torch.tensor(MEAN, device=image.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD, device=image.device).view(1, 3, 1, 1)
+    image = image.to(memory_format=torch.channels_last)
+    return (image.float() / 255 - mean) / std
+
+
+def denormalize(image: torch.Tensor) -> torch.Tensor:
+    """The inverse of `normalize`, rounded to uint8."""
+    mean = torch.tensor(MEAN, device=image.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD, device=image.device).view(1, 3, 1, 1)
+    return ((image.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def pad_margins(height: int, width: int, size: int) -> list[int]:
+    """(left, top, right, bottom) that pad to `size`, split evenly, the odd pixel after."""
+    rows, columns = max(0, size - height), max(0, size - width)
+    return [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2]
+
+
+class WeakView(v2.Transform):
+    """Horizontal flip (p = 0.5), one of `scales`, a random crop; short sides are padded.
+
+    The common protocol scales an image and then crops it. Here the window is cut first, with
+    `crop_size / scale` source pixels a side, and only the window is resized: the same view at a
+    fraction of the work. Bilinear without antialiasing for images, nearest for labels; padding is
+    the mean color (0 after `normalize`) and label 255.
+    """
+
+    def __init__(self, crop_size: int, scales: tuple[float, ...]):
+        super().__init__()
+        self.crop_size, self.scales = crop_size, scales
+
+    def make_params(self, flat_inputs) -> dict:
+        height, width = v2.query_size(flat_inputs)
+        scale = self.scales[int(torch.randint(len(self.scales), ()))]
+        window = max(1, round(self.crop_size / scale))
+        size, corner, resized = [], [], []
+        for length in (height, width):
+            part = min(window, length)
+            size.append(part)
+            corner.append(int(torch.randint(length - part + 1, ())))
+            full = part == window
+            resized.append(self.crop_size if full else min(self.crop_size, round(part * scale)))
+        flip = bool(torch.rand(()) < 0.5)
+        return {"corner": corner, "size": size, "resized": resized, "flip": flip}
+
+    def transform(self, inpt, params: dict):
+        out = F.crop(inpt, *params["corner"], *params["size"])
+        if params["resized"] != params["size"]:
+            out = F.resize(out, params["resized"], antialias=False)
+        if params["flip"]:
+            out = F.horizontal_flip(out)
+        margins = pad_margins(*params["resized"], self.crop_size)
+        fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else list(MEAN_COLOR)
+        return F.pad(out, margins, fill=fill) if any(margins) else out

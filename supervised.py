@@ -1,0 +1,867 @@
+"""Supervised baseline: DeepLabV3+ on the labeled images alone (Chen et al., ECCV 2018, 1802.02611).
+
+    L = CE(f(x_l), y_l)
+
+    python supervised.py --dataset shapes                        # no data, no GPU: minutes
+    python supervised.py --split 1/8                             # one GPU, Pascal VOC
+    torchrun --nproc_per_node=8 supervised.py --split 1/8        # the same run on eight
+
+The protocol is that of the CPS paper (2106.01226v3); docs/supervised.md lists what differs.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torchvision.models.resnet import Bottleneck, ResNet
+from tqdm import tqdm
+
+from common import UserError
+from common.datasets import (
+    IGNORE,
+    MicroBatches,
+    Samples,
+    StreamSampler,
+    Validation,
+    open_data,
+    stream_seed,
+)
+from common.evaluation import Protocol, iou_per_class, mean_iou, side_by_side, validate
+from common.splits import fetch
+from common.transforms import MEAN, STD, WeakView, normalize
+
+
+# === args (copied) ===
+@dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    """Flags of every script. None takes the value of the data set's row in PAPER."""
+
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run directory"""
+    seed: int = 0
+    """weights, data order, views and masks follow from it"""
+    output_dir: str = "runs"
+    """folder of the run directories"""
+    overwrite: bool = False
+    """delete the run directory and start anew (the default resumes)"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda, else mps, else cpu"""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """mixed precision; auto: bf16 where the GPU has it, else fp16; off on cpu and mps"""
+    compile: bool = False
+    """torch.compile the networks"""
+    deterministic: bool = False
+    """deterministic algorithms on GPUs where torch has them (the CPU always is)"""
+    num_workers: int = 2
+    """loader processes per stream and training process; 0 loads in the loop"""
+    log_every: int = 50
+    """steps between rows of the log"""
+    eval_every: int | None = None
+    """steps between evaluations; None: a tenth of the run"""
+    save_every: int = 500
+    """steps between checkpoints"""
+
+    dataset: Literal["voc", "cityscapes", "camvid", "shapes", "folder"] = "voc"
+    """data set"""
+    data_root: str = "data"
+    """folder of the data sets (of your own data, for folder)"""
+    split: str | None = None
+    """labeled images: 1/8 (cps:1/8), u2pl:1/8, pseudoseg:1/8, classic:92, 20, full, a list file"""
+    split_seed: int | None = None
+    """draw a ratio or a number of images by this seed"""
+    unlabeled: Literal["rest", "all"] = "rest"
+    """unlabeled images: the rest, or all (the labeled ones too, without their labels)"""
+    download: bool = False
+    """fetch the data set if it is not there"""
+    check_data: bool = False
+    """decode and check every image and label, then stop"""
+
+    backbone: Literal["resnet50", "resnet101", "resnet14"] | None = None
+    """encoder; resnet14 is the small one for CPUs"""
+    weights: str | None = None
+    """encoder's start: imagenet (torchvision's), none, or a file with a torchvision state dict"""
+
+    batch_size: int | None = None
+    """labeled images per step over all processes (and as many unlabeled ones)"""
+    accumulate: int = 1
+    """micro-batches per step and process, for small cards; BatchNorm sees micro-batches"""
+    crop_size: int | None = None
+    """side of the training crops, pixels"""
+    steps: int | None = None
+    """optimizer steps; ramps and warm-ups are fractions of it"""
+    optimizer: Literal["sgd", "adamw"] | None = None
+    """optimizer; poly schedule, power 0.9"""
+    lr: float | None = None
+    """learning rate at step 0; the number of processes never changes it"""
+    momentum: float | None = None
+    """SGD's momentum, AdamW's beta_1"""
+    weight_decay: float | None = None
+    """of weights; BatchNorm and biases have none"""
+    supervised_loss: Literal["ce", "ohem"] | None = None
+    """cross-entropy, or its mean over the hard pixels (0.7, 50,000 per image)"""
+
+
+# === method args ===
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs):
+    """Supervised baseline."""
+
+
+# Sources: CPS repository 5e0c29c, effective values on the true mean gradient (docs/supervised.md);
+# camvid and shapes are ours. An entry that depends on a flag lists "flag=value" cases.
+PAPER = {
+    "voc": dict(
+        split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
+        steps={"split=1/8": 39_338, "split=1/2": 39_660, "else": 39_680},
+        optimizer="sgd", lr=0.0025, momentum=0.9, weight_decay=4e-4, supervised_loss="ce",
+    ),
+    "cityscapes": dict(
+        split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=800,
+        steps={"split=1/16": 44_544, "split=1/8": 44_525, "else": 44_640},
+        optimizer="sgd", lr=0.0025, momentum=0.9, weight_decay=8e-4, supervised_loss="ohem",
+    ),
+    "camvid": dict(
+        split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160,
+        steps=1_000,
+        optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
+    ),
+    "shapes": dict(
+        split="20", backbone="resnet14", weights="none", batch_size=16, crop_size=64,
+        steps=1_200,
+        optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
+    ),
+}  # fmt: skip
+PAPER["folder"] = PAPER["voc"] | {"split": "full", "steps": 39_680}
+
+
+# === losses (copied) ===
+def full_precision(logits: torch.Tensor) -> torch.Tensor:
+    """Half precision as fp32; fp32 and fp64 as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the valid pixels of the local batch; 0 if there are none.
+
+    Args:
+        logits: (B, C, H, W)
+        label: (B, H, W) int64 class ids, 255 ignored
+    """
+    logits = full_precision(logits)
+    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
+    return loss.sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def ohem_cross_entropy(
+    logits: torch.Tensor, label: torch.Tensor, threshold: float = 0.7, min_kept: int = 50_000
+) -> torch.Tensor:
+    """Mean cross-entropy over the hard valid pixels of the local batch; 0 if there are none.
+
+    Hard: the true class has at most probability `threshold`, or is among the `min_kept` lowest.
+    Fewer valid pixels than `min_kept`, or `min_kept` 0: plain cross-entropy.
+    """
+    logits = full_precision(logits)
+    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # (B, H, W)
+    valid = label != IGNORE
+    if 0 < min_kept <= label.numel():
+        with torch.no_grad():  # neither the threshold nor the choice carries gradient
+            prob = torch.where(valid, (-loss).exp(), 1.0)
+            kth_lowest = prob.flatten().kthvalue(min_kept).values
+            hard = valid & (prob <= kth_lowest.clamp(min=threshold))
+            valid = torch.where(valid.sum() >= min_kept, hard, valid)
+    return (loss * valid).sum() / valid.sum().clamp(min=1)
+
+
+def supervised_loss(logits: torch.Tensor, label: torch.Tensor, kind: str) -> torch.Tensor:
+    """`ce` or `ohem` (0.7, 50,000 pixels per image of the local batch, as in the CPS release)."""
+    if kind == "ohem":
+        return ohem_cross_entropy(logits, label, 0.7, 50_000 * len(label))
+    return cross_entropy(logits, label)
+
+
+# === model (copied) ===
+class SlimBottleneck(Bottleneck):
+    """torchvision's bottleneck with outputs of 64 to 512 channels instead of 256 to 2048."""
+
+    expansion = 1
+
+
+# name: (block, blocks per stage, stages without stride, width of the 3x3, head width, ASPP rates)
+BACKBONES = {
+    "resnet50": (Bottleneck, [3, 4, 6, 3], [False, False, True], 64, 256, (6, 12, 18)),
+    "resnet101": (Bottleneck, [3, 4, 23, 3], [False, False, True], 64, 256, (6, 12, 18)),
+    "resnet14": (SlimBottleneck, [1, 1, 1, 1], [False, True, True], 32, 64, (2, 4, 6)),
+}
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling; the image-level branch is added, not concatenated."""
+
+    def __init__(self, in_channels: int, hidden: int, out_channels: int, rates: tuple[int, ...]):
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Conv2d(in_channels, hidden, 1, bias=False)])
+        for rate in rates:
+            conv = nn.Conv2d(in_channels, hidden, 3, padding=rate, dilation=rate, bias=False)
+            self.branches.append(conv)
+        self.branches_bn = nn.BatchNorm2d(hidden * len(self.branches))
+        self.project = nn.Conv2d(hidden * len(self.branches), out_channels, 1, bias=False)
+        self.pool = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.pool_bn = nn.BatchNorm2d(hidden)
+        self.pool_project = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.out_bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        branches = torch.cat([branch(features) for branch in self.branches], dim=1)
+        out = self.project(F.leaky_relu(self.branches_bn(branches), 0.01))
+        pooled = self.pool(features.mean((2, 3), keepdim=True))  # (B, hidden, 1, 1)
+        out = out + self.pool_project(F.leaky_relu(self.pool_bn(pooled), 0.01))
+        return F.leaky_relu(self.out_bn(out), 0.01)
+
+
+class Head(nn.Module):
+    """DeepLabV3+ decoder: stage 1 and stage 4 features -> (B, width, H/4, W/4)."""
+
+    def __init__(self, low_channels: int, high_channels: int, width: int, rates: tuple[int, ...]):
+        super().__init__()
+        self.aspp = ASPP(high_channels, width, width, rates)
+        reduced = 48 * width // 256
+        self.reduce = nn.Sequential(
+            nn.Conv2d(low_channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU()
+        )
+        self.fuse = nn.Sequential(
+            nn.Conv2d(width + reduced, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
+
+    def forward(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        high = F.interpolate(self.aspp(high), low.shape[2:], mode="bilinear", align_corners=True)
+        return self.fuse(torch.cat([high, self.reduce(low)], dim=1))
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+ as in the CPS release, on torchvision's ResNet.
+
+    (B, 3, H, W) normalized images -> (B, C, H, W) logits. Output stride 16, stage 4 dilated 2/4/8;
+    resnet14 has output stride 8.
+    """
+
+    # DIFFERS 1: torchvision's 7x7 stem instead of three 3x3 convolutions, so its weights load.
+    def __init__(self, num_classes: int, backbone: str = "resnet50"):
+        super().__init__()
+        block, depths, unstrided, inner, width, rates = BACKBONES[backbone]
+        self.backbone = ResNet(
+            block, depths, replace_stride_with_dilation=unstrided, width_per_group=inner
+        )
+        self.backbone.fc = nn.Identity()  # an unused layer would stall DDP
+        for unit, dilation in zip(self.backbone.layer4, (2, 4, 8), strict=False):
+            unit.conv2.dilation = unit.conv2.padding = (dilation, dilation)
+        self.head = Head(64 * block.expansion, 512 * block.expansion, width, rates)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        for module in [*self.head.modules(), self.classifier]:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def encode(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stage 1 (stride 4) and stage 4 features."""
+        net = self.backbone
+        low = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(image)))))
+        return low, net.layer4(net.layer3(net.layer2(low)))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits = self.classifier(self.head(*self.encode(image)))
+        return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=True)
+
+
+def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
+    """Load torchvision's ImageNet weights, or a file of the same kind, strictly."""
+    if weights == "none":
+        return
+    path = Path(weights)
+    if weights == "imagenet":
+        if name == "resnet14":
+            raise UserError("--weights imagenet: resnet14 has none; use --weights none")
+        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        try:
+            fetch(url, path, path.stem.rsplit("-", 1)[1])  # the name ends in the SHA-256's start
+        except UserError as error:
+            raise UserError(
+                f"--weights imagenet: {error}. Without a network, put the file at {path}, "
+                "or use --weights none"
+            ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        backbone.load_state_dict(state)
+    except Exception as error:  # torch raises many kinds for a bad file
+        raise UserError(f"--weights {weights}: {path} does not fit {name}: {error}") from None
+
+
+# === data (copied) ===
+def make_batches(
+    args, data, ids, stream, start, rank, world_size, device, partner=None, with_label=True
+):
+    """Endless micro-batches of weak views on the device, from step `start` on.
+
+    Yields (B, 3, H, W) normalized images and (B, H, W) int64 labels, 255 everywhere without
+    `with_label`. `partner` as in `MicroBatches`.
+    """
+    if not ids:
+        raise UserError(f"--split {args.split}: there are no {stream} images")
+    sampler = StreamSampler(len(ids), args.batch_size, args.seed, rank, world_size, start, stream)
+    loader = DataLoader(
+        Samples(data, ids, WeakView(args.crop_size, data.scales), with_label),
+        batch_sampler=MicroBatches(sampler, args.accumulate, partner),
+        num_workers=args.num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # of its own: a loader draws a seed from it
+    )
+    return (
+        (normalize(image.to(device, non_blocking=True)), label.to(device, non_blocking=True).long())
+        for image, label in loader
+    )
+
+
+# === optimizer (copied) ===
+def make_optimizer(networks, args, device) -> torch.optim.Optimizer:
+    """One optimizer for all networks: without clipping the same as one for each."""
+    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # BN and biases
+    ]
+    fused = device.type in ("cpu", "cuda")
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, args.lr, momentum=args.momentum, fused=fused)
+    return torch.optim.AdamW(groups, args.lr, betas=(args.momentum, 0.999), fused=fused)
+
+
+def poly_lr(base_lr: float, step: int, total_steps: int, power: float = 0.9) -> float:
+    """base_lr (1 - step / total_steps)^power."""
+    return base_lr * (1 - step / total_steps) ** power
+
+
+# === run (copied) ===
+# Flags that may change between the parts of one run: they do not change its numbers.
+NEUTRAL = frozenset(
+    "output_dir overwrite device compile deterministic num_workers log_every eval_every save_every "
+    "data_root download check_data log_pseudo_accuracy".split()
+)
+
+
+def resolve(args):
+    """Fill every None from the data set's row of PAPER, and check all values.
+
+    Raises:
+        UserError: names the flag and what it may be.
+    """
+    row = PAPER[args.dataset]
+    for name in [field.name for field in fields(args)]:
+        if getattr(args, name) is None and name in row:
+            value = row[name]
+            if isinstance(value, dict):  # "flag=value" cases; a family has its ratio's entry
+                cases = [case.split("=") for case in value if case != "else"]
+                match = [
+                    f"{flag}={case}"
+                    for flag, case in cases
+                    if str(getattr(args, flag)).split(":")[-1] == case
+                ]
+                value = value[match[0] if match else "else"]
+            args = replace(args, **{name: value})
+    if args.eval_every is None:
+        args = replace(args, eval_every=max(1, args.steps // 10))
+    may_be_zero = {"seed", "split_seed", "num_workers"}
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if isinstance(value, int) and value < (0 if name in may_be_zero else 1):
+            least = 0 if name in may_be_zero else 1
+            raise UserError(f"{flag}: must be a whole number, {least} or more")
+        if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
+            least = "above 0" if name == "lr" else "0 or more"
+            raise UserError(f"{flag}: must be a finite number, {least}")
+    if not 0 <= args.momentum < 1:
+        raise UserError(f"--momentum {args.momentum}: must be in [0, 1)")
+    if args.crop_size < 32:
+        raise UserError(f"--crop-size {args.crop_size}: must be 32 or more")
+    if not args.exp_name or "/" in args.exp_name or "__" in args.exp_name:
+        raise UserError(f"--exp-name {args.exp_name!r}: must be a name without / and __")
+    return args
+
+
+def setup_distributed(args) -> tuple[int, int, torch.device]:
+    """(rank, world_size, device) from torchrun's variables; one process when there are none."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = args.device
+    if kind == "auto":
+        kind = next(name for name in has if has[name])
+    if not has[kind]:
+        raise UserError(f"--device {kind}: this machine or this torch build has none; use cpu")
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when deterministic
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    share = world_size * args.accumulate
+    if args.batch_size % share:
+        raise UserError(
+            f"--batch-size {args.batch_size} is not divisible by {world_size} processes x "
+            f"--accumulate {args.accumulate}; use a multiple of {share}"
+        )
+    # SyncBN joins the processes' micro-batches on GPUs; elsewhere each has its own statistics.
+    per_forward = args.batch_size // (args.accumulate if kind == "cuda" else share)
+    if per_forward < 2:
+        raise UserError(
+            f"BatchNorm would see {per_forward} image per forward: --batch-size {args.batch_size} "
+            f"/ {share} (processes x --accumulate); use --batch-size {2 * share} or more"
+        )
+    if world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download
+    return rank, world_size, device
+
+
+def rank_0_first(function, rank: int, world_size: int):
+    """Call on rank 0 (which may download), then on the others; its UserError reaches all."""
+    result, error = None, [None]
+    if rank == 0:
+        try:
+            result = function()
+        except UserError as caught:
+            error = [caught]
+    if world_size > 1:
+        dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
+    return result if rank == 0 else function()
+
+
+def make_autocast(args, device):
+    """(autocast context, gradient scaler that does nothing unless fp16)."""
+    amp = args.amp
+    if amp == "auto":
+        amp = "off"
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    if amp == "off":
+        return nullcontext(), scaler
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]), scaler
+
+
+def make_network(args, num_classes, name, rank, world_size, device):
+    """A network and what to call for training: itself, or its DDP wrapper."""
+    torch.manual_seed(stream_seed(args.seed, f"weights/{name}"))  # the same on every process
+    network = DeepLabV3Plus(num_classes, args.backbone)
+    rank_0_first(
+        lambda: load_backbone(network.backbone, args.backbone, args.weights), rank, world_size
+    )
+    if world_size > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        network.compile()
+    if world_size == 1:
+        return network, network
+    # Buffers stay local: a broadcast between two forwards would change what backward needs.
+    return network, DistributedDataParallel(
+        network, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def sync_buffers(modules, world_size: int) -> None:
+    """Give every process rank 0's buffers (BatchNorm statistics), before evaluating or saving."""
+    for module in modules if world_size > 1 else ():
+        for buffer in module.buffers() if isinstance(module, nn.Module) else ():
+            dist.broadcast(buffer, src=0)
+
+
+def average(history: list[dict], world_size: int) -> dict[str, float]:
+    """Means of the logged tensors over the steps and processes; the only sync with the device."""
+    names = list(history[0])
+    values = torch.stack([torch.stack([row[name] for name in names]) for row in history]).float()
+    if world_size > 1:
+        dist.all_reduce(values)
+        values /= world_size
+    return dict(zip(names, values.mean(0).tolist(), strict=True))
+
+
+def first_bad(history: list[dict], done: int) -> str | None:
+    """The first loss that is not finite among the steps that end with step `done`."""
+    for step, terms in enumerate(history, done - len(history) + 1):
+        for name, value in terms.items():
+            if name.startswith("loss/") and not math.isfinite(value):
+                return f"{name} is {float(value)} at step {step}"
+    return None
+
+
+def agree(flags: list[int], world_size: int) -> list[int]:
+    """The maximum of each flag over the processes, on the CPU: no GPU waits for it."""
+    if world_size == 1:
+        return flags
+    tensor = torch.tensor(flags)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+class Run:
+    """The run directory: lock, log, TensorBoard, checkpoints. Other ranks than 0 write nothing.
+
+    Raises:
+        UserError: the directory cannot be written, is in use, or holds a run with other arguments.
+    """
+
+    def __init__(self, args, data, split, protocol, rank: int):
+        parts = [args.dataset, split.slug, args.exp_name, args.backbone, f"s{args.seed}"]
+        self.folder = Path(args.output_dir) / "__".join(parts)
+        self.args, self.data, self.protocol, self.rank = args, data, protocol, rank
+        self.signal, self.open_files = 0, []
+        self.saved_args = asdict(args) | {"split_identity": split.identity}
+        self.meta = {
+            "args": {k: v for k, v in self.saved_args.items() if k not in NEUTRAL},
+            "classes": list(data.classes),
+            "palette": [list(color) for color in data.palette],
+            "mean": list(MEAN),
+            "std": list(STD),
+            "sliding": data.sliding,
+            "data_root": args.data_root,
+        }
+        if rank == 0:
+            self._claim()
+            print(f"{self.folder}\n{split.identity}\n{json.dumps(asdict(args))}", flush=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame) -> None:
+        self.signal = self.signal or number  # torchrun passes on what a terminal sent already
+
+    def _claim(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"--output-dir {self.args.output_dir}: {error}") from None
+        try:
+            import fcntl  # POSIX only; the system releases the lock when the process dies
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError:
+            raise UserError(
+                f"{self.folder} is in use by another run; wait for it or use another --exp-name"
+            ) from None
+        self.open_files.append(lock)
+        if self.args.overwrite:
+            for path in self.folder.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def load(self, world_size: int) -> dict | None:
+        """The last complete checkpoint, the same on every rank; None starts anew."""
+        found = [None]
+        if self.rank == 0:
+            paths = [self.folder / "last.pt", self.folder / "previous.pt"]
+            for path in (path for path in paths if path.exists() and found[0] is None):
+                try:
+                    found = [torch.load(path, map_location="cpu", weights_only=True)]
+                except Exception as error:  # torch raises many kinds for a damaged file
+                    print(f"{path} is damaged ({type(error).__name__}), trying the one before")
+            if found[0] is None and any(path.exists() for path in paths):
+                self.close()
+                raise UserError(f"{self.folder}: no readable checkpoint; --overwrite starts anew")
+            before, now = (found[0] or {"meta": self.meta})["meta"]["args"], self.meta["args"]
+            differing = [
+                f"--{key.replace('_', '-')} {before.get(key)} -> {now.get(key)}"
+                for key in sorted(before.keys() | now.keys())
+                if before.get(key) != now.get(key)
+            ]
+            if differing:
+                self.close()
+                raise UserError(
+                    f"{self.folder} holds a run with other arguments: {'; '.join(differing)}. "
+                    "Use another --exp-name to keep both, or --overwrite to replace it"
+                )
+        if world_size > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
+
+    def open(self, start: int) -> None:
+        """Begin or continue the files; rows of the log beyond step `start` are cut."""
+        if self.rank != 0:
+            return
+        rows = []
+        if start and (self.folder / "log.jsonl").exists():
+            for line in (self.folder / "log.jsonl").read_text().splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:  # the process died while it wrote this line
+                    break
+        else:
+            for path in self.folder.glob("events.*"):
+                path.unlink()
+        rows = [row for row in rows if row["step"] <= start]
+        write_atomic(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomic(self.folder / "args.json", json.dumps(self.saved_args, indent=1))
+        write_atomic(self.folder / "env.json", json.dumps(environment(), indent=1))
+        shutil.copy(__file__, self.folder)
+        self.rows = (self.folder / "log.jsonl").open("a")
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=start + 1)
+        self.bar = tqdm(
+            total=self.args.steps, initial=start, disable=not sys.stderr.isatty(), unit="step"
+        )
+        self.open_files += [self.rows, self.writer, self.bar]
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """One JSON object, the same keys in TensorBoard, and a line or the progress bar."""
+        if self.rank != 0:
+            return
+        self.rows.write(json.dumps({"step": step} | row) + "\n")
+        self.rows.flush()
+        for key, value in row.items():
+            self.writer.add_scalar(key, value, step)
+        shown = {k: v for k, v in row.items() if not k.startswith("val/iou/")}
+        text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        if self.bar.disable:
+            print(f"step {step}/{self.args.steps}  {text}", flush=True)
+        else:
+            self.bar.set_postfix_str(text)
+            self.bar.update(step - self.bar.n)
+
+    def pictures(self, step: int, rows: dict[str, list[torch.Tensor]]) -> None:
+        """TensorBoard pictures: the tensors of each row side by side, in the palette's colors."""
+        for name, tensors in rows.items() if self.rank == 0 else ():
+            self.writer.add_image(name, side_by_side(tensors, self.data.palette), step)
+
+    def save(self, name: str, checkpoint: dict) -> None:
+        """Write atomically; the previous last.pt survives until the new one is complete."""
+        if self.rank != 0:
+            return
+        path = self.folder / name
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            torch.save({"meta": self.meta} | checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if name == "last.pt" and path.exists():
+            os.replace(path, self.folder / "previous.pt")
+        os.replace(part, path)
+
+    def finish(self, miou: float, best_miou: float, how: str) -> dict:
+        """Close everything; one line with the result and the command that predicts with it."""
+        if self.rank == 0:
+            print(
+                f"{self.folder} {how}: mIoU {100 * miou:.2f} (last), {100 * best_miou:.2f} (best); "
+                f"{self.args.backbone}, {self.protocol}; "
+                f"python predict.py {self.folder}/last.pt IMAGE --out predictions"
+            )
+        self.close()
+        result = {"miou": miou, "best_miou": best_miou, "steps": self.args.steps}
+        return result | {"run_dir": str(self.folder)}
+
+    def close(self) -> None:
+        for file in self.open_files:
+            file.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def environment() -> dict:
+    """What ran where: versions, device, commit."""
+
+    def git(*words: str) -> str | None:
+        try:
+            command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+            return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    return {
+        "command": sys.argv,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+    }
+
+
+def command_line() -> None:
+    """`main` with the command line's flags; a mistake in the input is one line, exit code 2."""
+    import tyro
+
+    try:
+        main(tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,)))
+    except (UserError, FloatingPointError) as error:
+        # An error of a loader process arrives wrapped in its traceback.
+        text = str(error).rsplit("UserError: ", 1)[-1].strip()
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {text}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+
+
+def main(args: Args) -> dict:
+    """Train and evaluate; returns miou, best_miou, steps and run_dir."""
+    # === setup (copied) ===
+    args = resolve(args)
+    rank, world_size, device = setup_distributed(args)
+    data, split = rank_0_first(
+        lambda: open_data(
+            args.dataset, args.data_root, args.split, args.split_seed, args.unlabeled,
+            args.download, args.check_data,
+        ),
+        rank, world_size,
+    )  # fmt: skip
+    autocast, scaler = make_autocast(args, device)
+    protocol = Protocol(pad_to=args.crop_size, window=args.crop_size if data.sliding else None)
+    run = rank_0_first(lambda: Run(args, data, split, protocol, rank), rank, world_size)
+    checkpoint = run.load(world_size)
+    start = checkpoint["step"] if checkpoint else 0
+    if start == args.steps:
+        return run.finish(checkpoint["miou"], checkpoint["best_miou"], "was finished before")
+    place = (start, rank, world_size, device)
+
+    # === networks ===
+    batches_l = make_batches(args, data, split.labeled, "labeled", *place)
+    images_per_step = args.batch_size
+    network, ddp = make_network(args, len(data.classes), "1", rank, world_size, device)
+    ddps = [ddp]
+    optimizer = make_optimizer([network], args, device)
+    saved = {"network": network, "optimizer": optimizer, "scaler": scaler}
+    evaluated = "network"
+
+    # === resume (copied) ===
+    miou, best_miou = -1.0, -1.0
+    if checkpoint:
+        for name, thing in saved.items():
+            thing.load_state_dict(checkpoint[name])
+        miou, best_miou = checkpoint["miou"], checkpoint["best_miou"]
+        del checkpoint
+    run.open(start)
+    history, clock = [], time.perf_counter()
+
+    for step in range(start, args.steps):
+        # === batch (copied) ===
+        # Reseeded at every step, so that a resumed run draws what the first one would have drawn.
+        torch.manual_seed(stream_seed(args.seed, f"step/rank {rank}", step))
+        lr = poly_lr(args.lr, step, args.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        terms = {}
+        for micro in range(args.accumulate):
+            for wrapper in ddps:  # gradients are averaged once, in the last micro-batch
+                wrapper.require_backward_grad_sync = micro == args.accumulate - 1
+            image_l, label_l = next(batches_l)
+
+            # === loss ===
+            with autocast:
+                logits_l = ddp(image_l)
+            loss = supervised_loss(logits_l, label_l, args.supervised_loss)
+            logs = {"loss/sup": loss}
+            pictures = {"labeled": [image_l, label_l, logits_l]}
+
+            # === backward (copied) ===
+            scaler.scale(loss / args.accumulate).backward()
+            for name, value in logs.items():
+                terms[name] = terms.get(name, 0) + value.detach() / args.accumulate
+
+        # === step (copied) ===
+        done = step + 1
+        history.append(terms)
+        log_now = done % args.log_every == 0 or done == args.steps
+        bad = None
+        if log_now or device.type == "cpu":  # reading a loss makes a GPU wait
+            bad = first_bad(history if log_now else [terms], done)
+        stop, failed = agree([run.signal, bad is not None], world_size)
+        if failed:
+            run.save("failed.pt", {k: v.state_dict() for k, v in saved.items()} | {"step": step})
+            run.close()
+            raise FloatingPointError(
+                f"{bad or 'a loss of another process is not finite'}: stopped before the update of "
+                f"step {done}. The state is in {run.folder}/failed.pt; last.pt was left as it is"
+            )
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        # === report (copied) ===
+        row = {}
+        if log_now:
+            per_s = images_per_step * len(history) / (time.perf_counter() - clock)
+            row = average(history, world_size) | {"lr": lr, "time/images_per_s": per_s}
+            history = []
+        if done % args.eval_every == 0 or done == args.steps:
+            sync_buffers(saved.values(), world_size)
+            network = saved[evaluated]
+            mode = network.training
+            with autocast:  # .forward passes the compiled call by: whole images vary in size
+                confusion = validate(
+                    network.eval().forward, Validation(data, data.val_ids), len(data.classes),
+                    protocol, device, rank, world_size, args.num_workers,
+                )  # fmt: skip
+            network.train(mode)
+            miou, iou = mean_iou(confusion), iou_per_class(confusion).tolist()
+            row |= {"val/miou": miou}
+            row |= {f"val/iou/{c}": v for c, v in zip(data.classes, iou, strict=True)}
+            run.pictures(done, pictures)
+            if miou > best_miou:
+                best_miou = miou
+                best = {"network": network.state_dict(), "evaluated": "network"}
+                run.save("best.pt", best | {"step": done, "miou": miou})
+        if row:
+            run.log(done, row)
+        if done % args.save_every == 0 or done == args.steps or stop:
+            sync_buffers(saved.values(), world_size)
+            scores = {"step": done, "miou": miou, "best_miou": best_miou, "evaluated": evaluated}
+            run.save("last.pt", {k: v.state_dict() for k, v in saved.items()} | scores)
+        if stop:
+            run.close()
+            print(f"signal {stop}: saved step {done}; the same command continues", flush=True)
+            raise SystemExit(128 + stop)
+        if row:
+            clock = time.perf_counter()  # evaluation is not training time
+
+    # === finish (copied) ===
+    return run.finish(miou, best_miou, "done")
+
+
+if __name__ == "__main__":
+    command_line()

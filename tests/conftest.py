@@ -1,0 +1,105 @@
+"""Fixtures: the authors' numbers, and quick runs on the shapes data set."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+class Golden(dict):
+    """Arrays that the authors' code computed; `tensor` gives labels as int64, the rest as fp64."""
+
+    def tensor(self, key: str) -> torch.Tensor:
+        value = torch.from_numpy(np.asarray(self[key]))
+        return value.double() if value.is_floating_point() else value.long()
+
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {k.removeprefix(prefix): self.tensor(k) for k in self if k.startswith(prefix)}
+
+
+def load_golden(path: Path) -> Golden:
+    with np.load(path) as file:
+        return Golden({key: file[key] for key in file.files})
+
+
+def golden_files(pattern: str) -> list[Path]:
+    """The small copies in tests/golden, and the whole collection where it is at hand."""
+    return sorted((ROOT / "tests/golden").glob(pattern)) + sorted(
+        (SHARED / "goldens").glob(pattern)
+    )
+
+
+class TinyNet(nn.Module):
+    """The network of the step goldens, in DeepLabV3Plus's place."""
+
+    def __init__(self, num_classes: int, backbone: str = ""):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.cls = nn.Conv2d(6, num_classes, 1)
+        self.double()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits = self.cls(self.bn(self.conv(image)).relu())
+        return nn.functional.interpolate(
+            logits, image.shape[2:], mode="bilinear", align_corners=True
+        )
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """quick(Args, **flags): a run of a few steps on shapes, in a folder of its own."""
+
+    def make(args_class, **flags):
+        args = args_class(
+            dataset="shapes", backbone="resnet14", device="cpu", num_workers=0, batch_size=4,
+            crop_size=32, steps=6, split="8", log_every=2, eval_every=1000, save_every=1000,
+            output_dir=str(tmp_path / "runs"),
+        )  # fmt: skip
+        return replace(args, **flags)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def few_validation_images(monkeypatch):
+    """Seven are enough for these tests, and no number of processes divides them."""
+    from common.datasets import Shapes
+
+    monkeypatch.setattr(Shapes, "val_ids", Shapes.val_ids[:7])
+
+
+def read_log(run_dir) -> list[dict]:
+    import json
+
+    return [json.loads(line) for line in (Path(run_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def weights(run_dir, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's networks and optimizer under a flat name."""
+    checkpoint = torch.load(Path(run_dir) / name, weights_only=True)
+    flat = {}
+
+    def walk(prefix, value):
+        if isinstance(value, torch.Tensor):
+            flat[prefix] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}/{key}", item)
+
+    walk("", {key: value for key, value in checkpoint.items() if key != "meta"})
+    return flat
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:3]}"

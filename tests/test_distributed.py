@@ -1,0 +1,135 @@
+"""Several processes do what one does: batches, masks, partners, gradients, validation."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, read_log, weights
+
+import cps
+import supervised
+from common.datasets import StreamSampler
+
+SCRIPTS = {"supervised": supervised, "cps": cps}
+CONTEXT = multiprocessing.get_context("forkserver")  # imports the scripts once, then forks
+CONTEXT.set_forkserver_preload(["supervised", "cps", "torch.utils.tensorboard"])
+
+
+def process(rank, world_size, port, name, args, frozen):
+    """One of `world_size` processes, with torchrun's variables."""
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    from test_supervised import freeze_batchnorm
+
+    from common.datasets import Shapes
+
+    Shapes.val_ids = Shapes.val_ids[:7]  # two does not divide it
+    if frozen:
+        freeze_batchnorm(pytest.MonkeyPatch(), SCRIPTS[name])
+    SCRIPTS[name].main(args)
+
+
+def run(world_size: int, name: str, args, frozen: bool = False) -> Path:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = replace(args, exp_name=f"{args.exp_name}-{world_size}")
+    processes = [
+        CONTEXT.Process(target=process, args=(rank, world_size, port, name, args, frozen))
+        for rank in range(world_size)
+    ]
+    for one in processes:
+        one.start()
+    for one in processes:
+        one.join(180)
+    assert [one.exitcode for one in processes] == [0] * world_size
+    (folder,) = Path(args.output_dir).glob(f"*__{args.exp_name}__*")
+    return folder
+
+
+@pytest.mark.parametrize("batch_size", [8, 16])
+def test_global_batches_are_the_same_on_1_2_4_and_8_processes(batch_size):
+    def batches(world_size):
+        samplers = [
+            iter(StreamSampler(21, batch_size, 3, rank, world_size, 5, "unlabeled"))
+            for rank in range(world_size)
+        ]
+        share = batch_size // world_size
+        return [[next(s) for s in samplers for _ in range(share)] for _ in range(6)]
+
+    one = batches(1)
+    assert all(batches(world_size) == one for world_size in (2, 4, 8))
+
+
+@pytest.mark.parametrize(("name", "flags"), [
+    ("supervised", {}), ("cps", {}), ("cps", {"cutmix": False}), ("cps", {"accumulate": 2}),
+], ids=str)  # fmt: skip
+def test_gradients_and_validation_are_those_of_one_process(name, flags, quick):
+    """One SGD step of rate 1 where BatchNorm cannot differ, then validation on 7 images."""
+    ramp = {"cps_start": 0.0, "cps_full": 0.0} if name == "cps" else {}
+    args = quick(
+        SCRIPTS[name].Args, steps=1, optimizer="sgd", lr=1.0, momentum=0.0, log_every=1,
+        batch_size=8 if "accumulate" in flags else 4, **ramp, **flags,
+    )  # fmt: skip
+    one, two = (run(n, name, args, frozen=True) for n in (1, 2))
+    before, after = weights(one), weights(two)
+    for key, value in before.items():
+        if key.startswith("/network"):
+            torch.testing.assert_close(value, after[key], rtol=0, atol=1e-5)
+    (row_1,), (row_2,) = read_log(one), read_log(two)
+    for key in row_1:
+        if key != "time/images_per_s":
+            assert row_1[key] == pytest.approx(row_2[key], abs=1e-5, nan_ok=True), key
+
+
+def test_validation_matrix_on_equal_weights(quick, monkeypatch):
+    """Two processes, one of them with an image more, count every pixel once."""
+    from common import evaluation
+
+    args = quick(supervised.Args, steps=1, lr=1e-12)
+    folders = [run(n, "supervised", args, frozen=True) for n in (1, 2)]
+    rows = [read_log(folder)[-1] for folder in folders]
+    keys = [key for key in rows[0] if key.startswith("val/")]
+    assert len(keys) > 5
+    assert json.dumps([rows[0][k] for k in keys]) == json.dumps([rows[1][k] for k in keys])
+    assert evaluation.mean_iou(torch.eye(3)) == 1
+
+
+@pytest.mark.parametrize("name", list(SCRIPTS))
+def test_inactive_terms_do_not_stop_two_processes(name, quick):
+    """CPS's loss has weight 0 until the last step; then the run is resumed from the middle."""
+    inactive = {"cps_start": 0.9, "cps_full": 1.0} if name == "cps" else {}
+    folder = run(2, name, quick(SCRIPTS[name].Args, steps=4, num_workers=1, **inactive))
+    assert [row["step"] for row in read_log(folder)] == [2, 4]
+
+
+def test_torchrun_as_in_the_readme_and_sigterm(tmp_path):
+    """The command line itself: SIGTERM saves on all ranks, the same command continues."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "cps.py",
+        "--dataset", "shapes", "--device", "cpu", "--batch-size", "4", "--crop-size", "32",
+        "--steps", "2000", "--log-every", "1", "--num-workers", "0", "--split", "8",
+        "--output-dir", str(tmp_path),
+    ]  # fmt: skip
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (logs := list(tmp_path.glob("*/log.jsonl"))) or not logs[0].read_text():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    (checkpoint,) = tmp_path.glob("*/last.pt")
+    saved = torch.load(checkpoint, weights_only=True)["step"]
+    assert 1 <= saved < 2000 and saved == read_log(checkpoint.parent)[-1]["step"]
