@@ -53,7 +53,7 @@ from common.transforms import MEAN, STD, WeakView, normalize
 # === args (copied) ===
 @dataclass(frozen=True, kw_only=True)
 class RunArgs:
-    """Flags of every script. None takes the value of the data set's row in PAPER."""
+    """Flags of every script."""
 
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run directory"""
@@ -123,7 +123,7 @@ class RunArgs:
 # === method args ===
 @dataclass(frozen=True, kw_only=True)
 class Args(RunArgs):
-    """Cross Pseudo Supervision."""
+    """Cross Pseudo Supervision. What is None takes its value from the data set's row of PAPER."""
 
     cutmix: bool = True
     """mix pairs of unlabeled images; without, labeled images take part in the CPS loss too"""
@@ -676,7 +676,8 @@ class Run:
         self.folder = Path(args.output_dir) / "__".join(parts)
         self.args, self.data, self.protocol, self.rank = args, data, protocol, rank
         self.signal, self.open_files = 0, []
-        self.saved_args = asdict(args) | {"split_identity": split.identity}
+        script = Path(__file__).stem
+        self.saved_args = asdict(args) | {"script": script, "split_identity": split.identity}
         self.meta = {
             "args": {k: v for k, v in self.saved_args.items() if k not in NEUTRAL},
             "classes": list(data.classes),
@@ -864,7 +865,7 @@ def command_line() -> None:
     import tyro
 
     try:
-        main(tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,)))
+        main(tyro.cli(Args))
     except (UserError, FloatingPointError) as error:
         # An error of a loader process arrives wrapped in its traceback.
         text = str(error).rsplit("UserError: ", 1)[-1].strip()

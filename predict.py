@@ -140,10 +140,15 @@ def main(args: Args) -> float | None:
     return evaluate(args, network, meta, protocol, device) if args.evaluate else None
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+    """`main` with the command line's flags; a mistake in the input is one line, exit code 2."""
     try:
-        main(tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,)))
+        main(tyro.cli(Args))
     except UserError as error:
         text = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader process wraps its errors
         print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    command_line()

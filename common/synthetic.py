@@ -14,7 +14,7 @@ import numpy as np
 
 IGNORE = 255
 PATCHES = 4  # background patches per scene
-OBJECTS = (4, 8)  # objects per scene, at least and at most
+OBJECTS = (5, 8)  # objects per scene, at least and at most
 
 
 # Shapes: level(u, v, k) is negative inside, about the distance to the edge in radii outside; u and
@@ -33,11 +33,11 @@ def triangle(u, v, k):
 
 
 def arc(u, v, k):
-    return np.maximum(np.abs(v + (k - 0.5) * (u * u - 0.4)) - 0.045, np.abs(u) - 1)
+    return np.maximum(np.abs(v + (k - 0.5) * (u * u - 0.4)) - 0.06, np.abs(u) - 1)
 
 
 def ring(u, v, k):
-    return np.abs(np.sqrt(u * u + v * v) - 0.75) - 0.25
+    return np.abs(np.sqrt(u * u + v * v) - 0.72) - 0.28
 
 
 def lump(u, v, k):
@@ -51,18 +51,18 @@ class Kind(NamedTuple):
     hue: tuple[float, float]  # from, width, in turns; 0 is red
     texture: str  # "flat", "stripes" or "checks"
     radius: tuple[float, float]  # from, width, as a share of the image side
+    tilt: float
     chance: float  # that an object is of this class
 
 
-WARM, COOL, ANY = (-0.10, 0.30), (0.38, 0.34), (0.0, 1.0)
 KINDS = {
-    "ball": Kind(disk, WARM, "flat", (0.14, 0.14), 0.25),
-    "box": Kind(square, WARM, "flat", (0.14, 0.14), 0.19),
-    "melon": Kind(disk, COOL, "stripes", (0.13, 0.14), 0.16),
-    "tile": Kind(square, COOL, "checks", (0.13, 0.12), 0.13),
-    "tent": Kind(triangle, WARM, "stripes", (0.16, 0.12), 0.12),
-    "wire": Kind(arc, COOL, "flat", (0.32, 0.18), 0.12),  # the thin class
-    "ring": Kind(ring, COOL, "flat", (0.12, 0.10), 0.03),  # the rare class
+    "ball": Kind(disk, (-0.08, 0.18), "flat", (0.15, 0.15), 0.4, 0.25),
+    "box": Kind(square, (0.02, 0.18), "flat", (0.15, 0.15), 0.4, 0.19),
+    "melon": Kind(disk, (0.25, 0.22), "stripes", (0.14, 0.15), 0.4, 0.16),
+    "tile": Kind(square, (0.38, 0.22), "checks", (0.14, 0.14), 0.4, 0.13),
+    "tent": Kind(triangle, (-0.1, 0.22), "stripes", (0.16, 0.14), 0.4, 0.12),
+    "wire": Kind(arc, (0.52, 0.2), "flat", (0.34, 0.20), 9, 0.12),  # the thin class
+    "ring": Kind(ring, (0.68, 0.2), "flat", (0.15, 0.10), 0.4, 0.03),  # the rare class
 }
 CLASSES = ("background", *KINDS)
 PALETTE = (  # Okabe and Ito's colors, which color-blind readers can tell apart
@@ -92,8 +92,9 @@ def scene(seed: int, index: int, size: int = 64) -> tuple[np.ndarray, np.ndarray
     draw = rng.random((count, 18))
     hue_from, hue_width = np.array([LOOKS[kind].hue for kind in kinds]).T
     hue = (hue_from + hue_width * draw[:, 0])[:, None]
-    saturation, value = 0.35 + 0.55 * draw[:, 1:2], 0.4 + 0.6 * draw[:, 2:3]
+    saturation, value = 0.45 + 0.5 * draw[:, 1:2], 0.4 + 0.6 * draw[:, 2:3]
     accent_value = np.where(value > 0.7, value * 0.5, value + 0.4)
+    saturation[:PATCHES] *= 0.7
     colors = rgb(hue, saturation, value).tolist()
     accents = rgb(hue + 0.1 * draw[:, 4:5] - 0.05, saturation, accent_value).tolist()
     ground = rgb(rng.random((1, 1)), 0.4 * rng.random((1, 1)), 0.3 + 0.5 * rng.random((1, 1)))
@@ -110,7 +111,7 @@ def scene(seed: int, index: int, size: int = 64) -> tuple[np.ndarray, np.ndarray
         rows = slice(max(0, int((y - reach) * size)), int((y + reach) * size) + 2)
         columns = slice(max(0, int((x - reach) * size)), int((x + reach) * size) + 2)
         down, right = ((axis[rows] - y) / radius)[:, None], ((axis[columns] - x) / radius)[None]
-        a, b = 2 * d[9] - 1, 2 * d[10] - 1
+        a, b = 1, look.tilt * (2 * d[9] - 1)
         norm = (a * a + b * b) ** 0.5
         a, b = a / norm, b / norm
         u, v = a * right + b * down, (a * down - b * right) * stretch
@@ -119,7 +120,7 @@ def scene(seed: int, index: int, size: int = 64) -> tuple[np.ndarray, np.ndarray
         alpha = np.clip(0.5 - level * sharp, 0, 1)
         shade = 1 + (0.5 * d[13] - 0.25) * u + (0.5 * d[14] - 0.25) * v
         pitch = radius / (0.08 + 0.06 * d[15])
-        if look.texture == "flat":
+        if look.texture == "flat" or (patch and d[17] > 0.2):
             t = 0 * u
         elif look.texture == "stripes":
             t = wave(u * pitch + d[16])
@@ -136,7 +137,7 @@ def scene(seed: int, index: int, size: int = 64) -> tuple[np.ndarray, np.ndarray
     light = rng.random(8).astype(np.float32)
     gain = 0.8 + 0.4 * light[0] + 0.6 * (light[1] - 0.5) * (axis[:, None] - 0.5) + 0.6 * (light[2] - 0.5) * (axis - 0.5)
     image *= gain * (0.85 + 0.3 * light[3:6, None, None])
-    image += (0.02 + 0.15 * light[6]) * (rng.random((3, size, size), np.float32) - 0.5)
+    image += (0.02 + 0.1 * light[6]) * (rng.random((3, size, size), np.float32) - 0.5)
     label = np.concatenate([[0] * PATCHES, kinds[PATCHES:] + 1]).astype(np.uint8)[top]
     front = top.copy()
     front[1:] = np.maximum(front[1:], top[:-1])
