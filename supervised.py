@@ -378,6 +378,8 @@ def resolve(args):
     """
     row = PAPER[args.dataset]
     for name in [field.name for field in fields(args)]:
+        if isinstance(getattr(args, name), Path):
+            args = replace(args, **{name: str(getattr(args, name))})
         if getattr(args, name) is None and name in row:
             value = row[name]
             if isinstance(value, dict):  # "flag=value" cases; a family has its ratio's entry
@@ -614,6 +616,9 @@ class Run:
 
     def open(self, start: int) -> None:
         """Begin or continue the files; rows of the log beyond step `start` are cut."""
+        silent = self.rank != 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=self.args.steps, initial=start, disable=silent, unit="step")
+        self.open_files.append(self.bar)
         if self.rank != 0:
             return
         rows = []
@@ -635,10 +640,7 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.writer = SummaryWriter(str(self.folder), purge_step=start + 1)
-        self.bar = tqdm(
-            total=self.args.steps, initial=start, disable=not sys.stderr.isatty(), unit="step"
-        )
-        self.open_files += [self.rows, self.writer, self.bar]
+        self.open_files += [self.rows, self.writer]
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """One JSON object, the same keys in TensorBoard, and a line or the progress bar."""
@@ -654,7 +656,6 @@ class Run:
             print(f"step {step}/{self.args.steps}  {text}", flush=True)
         else:
             self.bar.set_postfix_str(text)
-            self.bar.update(step - self.bar.n)
 
     def pictures(self, step: int, rows: dict[str, list[torch.Tensor]]) -> None:
         """TensorBoard pictures: the tensors of each row side by side, in the palette's colors."""
@@ -824,6 +825,7 @@ def main(args: Args) -> dict:
         optimizer.zero_grad(set_to_none=True)
 
         # === report (copied) ===
+        run.bar.update()
         row = {}
         if log_now:
             per_s = images_per_step * len(history) / (time.perf_counter() - clock)

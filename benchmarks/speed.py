@@ -1,0 +1,186 @@
+"""Step time against the floor, loader throughput and peak memory of every script.
+
+    python benchmarks/speed.py                                   # CPU, resnet14, shapes-size crops
+    python benchmarks/speed.py --device cuda --backbone resnet50 --crop-size 512 --amp bf16
+
+The floor of a script is its forwards, cross-entropies, backward and optimizer step on tensors that
+are already in memory. Blocks of the script's own loop (`main`, with its loading, logging and
+checks) and blocks of the floor alternate in one process; the ratio of the medians is the overhead.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+BLOCK, SKIPPED = 12, 3  # steps per block, and those at its start that a full prefetch queue helps
+
+
+def supervised_floor(script, nets, image, label):
+    return script.cross_entropy(nets[0](image[0]), label[0])
+
+
+def cps_floor(script, nets, image, label):
+    with torch.no_grad():
+        target_1, target_2 = ((net(image[1]).argmax(1), net(image[2]).argmax(1)) for net in nets)
+    mixed = [net(image[3]) for net in nets]
+    loss = sum(script.cross_entropy(net(image[0]), label[0]) for net in nets)
+    loss = loss + script.cross_entropy(mixed[0], target_2[0])
+    return loss + script.cross_entropy(mixed[1], target_1[0])
+
+
+# script: (floor, networks, images of a step, as multiples of the batch size)
+FLOORS = {"supervised": (supervised_floor, 1, 1), "cps": (cps_floor, 2, 4)}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(name: str, flags, blocks: int) -> dict:
+    """Medians of a script's step and of its floor, in seconds, measured by turns."""
+    script = importlib.import_module(name)
+    floor, count, batches = FLOORS[name]
+    device = torch.device(flags.device)
+    with tempfile.TemporaryDirectory() as folder:
+        args = script.Args(
+            dataset=flags.dataset, data_root=flags.data_root, backbone=flags.backbone,
+            weights="none", device=flags.device, amp=flags.amp, compile=flags.compile,
+            num_workers=flags.num_workers, crop_size=flags.crop_size, batch_size=flags.batch_size,
+            split=flags.split, steps=blocks * BLOCK + 1, log_every=BLOCK, eval_every=10**9,
+            save_every=10**9, output_dir=folder,
+        )  # fmt: skip
+        resolved = script.resolve(args)
+        autocast, scaler = script.make_autocast(resolved, device)
+        nets = [
+            script.make_network(resolved, flags.classes, str(i), 0, 1, device)[0]
+            for i in range(count)
+        ]
+        optimizer = script.make_optimizer(nets, resolved, device)
+        size = (flags.batch_size, 3, flags.crop_size, flags.crop_size)
+        image = [
+            torch.randn(size, device=device).contiguous(memory_format=torch.channels_last)
+            for _ in range(batches)
+        ]
+        label = [
+            torch.randint(flags.classes, (size[0], *size[2:]), device=device)
+            for _ in range(batches)
+        ]
+
+        def floor_step() -> float:
+            synchronize(device)
+            begin = time.perf_counter()
+            with autocast:
+                loss = floor(script, nets, image, label)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            synchronize(device)
+            return time.perf_counter() - begin
+
+        times = {"script": [], "floor": []}
+        poly_lr, began = script.poly_lr, [0.0]
+
+        def turn(base_lr, step, total_steps):
+            """Called at the start of every step of `main`: ends a block, runs one of the floor."""
+            synchronize(device)
+            if step % BLOCK == 0:
+                if step > BLOCK:  # the first block warms up
+                    times["script"].append((time.perf_counter() - began[0]) / (BLOCK - SKIPPED))
+                block = [floor_step() for _ in range(BLOCK)]
+                if step:
+                    times["floor"].append(statistics.mean(block[SKIPPED:]))
+            if step % BLOCK == SKIPPED:
+                began[0] = time.perf_counter()
+            return poly_lr(base_lr, step, total_steps)
+
+        script.poly_lr = turn
+        try:
+            script.main(args)
+        finally:
+            script.poly_lr = poly_lr
+    seconds = {key: statistics.median(values) for key, values in times.items()}
+    ratios = [s / f for s, f in zip(times["script"], times["floor"], strict=False)]
+    spread = statistics.stdev(ratios) / len(ratios) ** 0.5
+    result = {
+        "script": name, "step_s": seconds["script"], "floor_s": seconds["floor"],
+        "ratio": seconds["script"] / seconds["floor"], "ratio_standard_error": spread,
+        "blocks": len(ratios), "steps_per_block": BLOCK - SKIPPED,
+    }  # fmt: skip
+    if device.type == "cuda":
+        result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    return result
+
+
+def loader(data_root: str, crop_size: int, seconds: float) -> dict:
+    """Images per second of one worker: decoding, weak view and collation, in this process."""
+    from common.datasets import MicroBatches, Samples, StreamSampler, open_dataset
+    from common.transforms import WeakView
+
+    torch.set_num_threads(1)
+    data = open_dataset("camvid", data_root)
+    rates = {}
+    for kind, with_label in (("labeled", True), ("unlabeled", False)):
+        samples = Samples(data, data.train_ids, WeakView(crop_size, data.scales), with_label)
+        sampler = MicroBatches(StreamSampler(len(samples), 8, 0))
+        batches = iter(torch.utils.data.DataLoader(samples, batch_sampler=sampler))
+        for _ in range(5):
+            next(batches)
+        begin, images = time.perf_counter(), 0
+        while time.perf_counter() - begin < seconds:
+            images += len(next(batches)[0])
+        rates[kind] = images / (time.perf_counter() - begin)
+    return {"loader": "camvid", "crop_size": crop_size, "images_per_s_per_worker": rates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scripts", nargs="+", default=list(FLOORS), choices=list(FLOORS))
+    parser.add_argument("--dataset", default="shapes")
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--split", default="1/8")
+    parser.add_argument("--classes", type=int, default=11, help="of the floor's networks")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--backbone", default="resnet14")
+    parser.add_argument("--crop-size", type=int, default=160)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--num-workers", type=int, default=2)
+    parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--loader", action="store_true", help="measure the CamVid loader instead")
+    parser.add_argument("--out", default=None, help="append the rows to this .jsonl file")
+    flags = parser.parse_args()
+    if flags.loader:
+        rows = [loader(flags.data_root, 320, 10)]
+    else:
+        rows = [measure(name, flags, flags.blocks) for name in flags.scripts]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    cpu = Path("/proc/cpuinfo")
+    names = [s for s in cpu.read_text().splitlines() if "model name" in s] if cpu.exists() else []
+    machine = f"{len(names)} cores of {names[0].split(': ')[1]}" if names else "cpu"
+    machine = torch.cuda.get_device_name() if flags.device == "cuda" else machine
+    about = {"flags": vars(flags), "machine": machine, "torch": torch.__version__}
+    for row in rows:
+        row |= about | {"commit": commit.stdout.strip()}
+        print(json.dumps(row))
+        if flags.out:
+            with Path(flags.out).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

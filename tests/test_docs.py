@@ -1,0 +1,55 @@
+"""What the documents say exists."""
+
+import re
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+import cps
+import predict
+import supervised
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_FLAGS = {
+    "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--logdir", "--help",
+    "--from", "--write", "--report", "--check", "--no-cutmix",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_and_links(page):
+    text = page.read_text()
+    known = {
+        f"--{field.name.replace('_', '-')}"
+        for script in (supervised, cps, predict)
+        for field in fields(script.Args)
+    }
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= known | OTHER_FLAGS
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("script", ["supervised", "cps"])
+def test_every_logged_key_is_documented(script):
+    keys = set(
+        re.findall(r'"((?:loss|pseudo|val|time)/[a-z_]+)', (ROOT / f"{script}.py").read_text())
+    )
+    pages = "".join((ROOT / f"docs/{name}.md").read_text() for name in {"supervised", script})
+    assert keys and all(f"`{key}" in pages for key in keys), keys
+
+
+@pytest.mark.parametrize("script", ["supervised", "cps"])
+def test_every_method_flag_is_documented(script):
+    module = {"supervised": supervised, "cps": cps}[script]
+    page = (ROOT / f"docs/{script}.md").read_text()
+    own = {field.name for field in fields(module.Args)} - {f.name for f in fields(module.RunArgs)}
+    for name in own:
+        assert f"--{name.replace('_', '-')}" in page or f"--no-{name}" in page, name
+
+
+def test_readme_is_short_and_its_test_command_is_the_one_ci_runs():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    command = re.search(r"<!-- test -->\n```bash\n(.*?)\n```", text, re.DOTALL)
+    assert "pytest" in command[1] and "requirements.txt" in command[1]
