@@ -1,88 +1,56 @@
 """Procedurally drawn scenes for semantic segmentation: nothing to download, nothing stored.
 
-Shape, color and texture each help to tell the classes apart, and none suffices: boxes and balls
-share flat reds, melons and tents share stripes, tiles and boxes share a shape. Class areas fall
-about geometrically from the background's half to one percent for the ring, which is in one scene
-of six; the wire is thin. Every object has its own pose, hue, shading and texture phase, so a few
-labeled scenes show little of the variety, and unlabeled ones show the rest.
-
-A scene is a pure function of its arguments. To give the same bits on every machine it is computed
-with + - * / sqrt only, which IEEE 754 rounds in one way; sin and exp differ between math libraries.
+Shape, color and texture each help to tell classes apart, and none suffices: balls and boxes share
+flat reds, melons and tents stripes, tiles and boxes a shape. Areas fall about geometrically, from
+half for the background to 1 % for the ring; the wire is thin. A few scenes show little of the many
+poses, hues and lights. Pixels need only + - * / sqrt, which every IEEE 754 machine rounds alike.
 """
 
-from collections.abc import Callable
 from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
 
-IGNORE = 255
-
-
-# Shapes: level(u, v, k) < 0 is inside, and its size is about the distance to the edge. The unit is
-# the object's radius, u points right and v down before the object is turned; k in [0, 1) varies it.
-def disk(u, v, k):
-    return np.sqrt(u * u + v * v) - 1
-
-
-def square(u, v, k):
-    return np.maximum(np.abs(u), np.abs(v)) - 0.85
-
-
-def triangle(u, v, k):
-    return np.maximum(v, 0.866 * np.abs(u) - 0.5 * v) - 0.55
-
-
-def arc(u, v, k):
-    return np.maximum(np.abs(v + (k - 0.5) * (u * u - 0.4)) - 0.07, np.abs(u) - 1)
-
-
-def ring(u, v, k):
-    return np.abs(np.sqrt(u * u + v * v) - 0.72) - 0.28
-
-
-def lump(u, v, k):
-    return u * u + v * v + 0.3 * u * v + 0.6 * (k - 0.5) * u * (u * u - 3 * v * v) - 0.5
-
-
-# Textures: the share of the second color at u and v, now in periods.
-def flat(u, v):
-    return np.float32(0)
-
-
-def stripes(u, v):
-    return np.clip(3 * np.abs(2 * (u - np.floor(u)) - 1) - 1, 0, 1)
-
-
-def checks(u, v):
-    u, v = stripes(0.7 * u, None), stripes(0.7 * v, None)
-    return u + v - 2 * u * v
+SHAPES = {  # the distance to the edge, negative inside, about; in radii of the object, as u and v
+    "disk": lambda u, v, k: np.sqrt(u * u + v * v) - 1,
+    "square": lambda u, v, k: np.maximum(np.abs(u), np.abs(v)) - 0.85,
+    "triangle": lambda u, v, k: np.maximum(v, 0.866 * np.abs(u) - 0.5 * v) - 0.55,
+    "arc": lambda u, v, k: np.maximum(np.abs(v + (k - 0.5) * u * u) - 0.07, np.abs(u) - 1),
+    "ring": lambda u, v, k: np.abs(np.sqrt(u * u + v * v) - 0.72) - 0.28,
+    "lump": lambda u, v, k: u * u + v * v + (0.7 * k - 0.35) * u * (u * u - 3 * v * v) - 0.5,
+}
+TEXTURES = {  # the share of the second color; u and v in periods, about
+    "flat": lambda u, v: np.float32(0),
+    "stripes": lambda u, v: np.clip(3 * np.abs(2 * (u - np.floor(u)) - 1) - 1, 0, 1),
+    "checks": lambda u, v: np.abs(stripes(0.7 * u, v) - stripes(0.7 * v, u)),
+}
+stripes = TEXTURES["stripes"]
 
 
 class Kind(NamedTuple):
-    """How one class looks. A pair is a uniform distribution: its least value and its width."""
+    """How a class looks. A pair is a uniform distribution: its least value and its width."""
 
-    shape: Callable
-    texture: Callable
+    shape: str
+    texture: str
     hue: tuple[float, float]  # in turns: 0 red, 1/3 green, 2/3 blue
     radius: tuple[float, float]  # as a share of the image side
-    tilt: float  # slope of the object's u axis, at most
+    slope: float  # of the object's u axis, at most
     chance: float  # relative frequency
 
 
 OBJECTS = {
-    "ball": Kind(disk, flat, (-0.08, 0.18), (0.15, 0.15), 0.4, 0.25),
-    "box": Kind(square, flat, (0.02, 0.18), (0.15, 0.15), 0.4, 0.19),
-    "melon": Kind(disk, stripes, (0.25, 0.22), (0.14, 0.15), 0.4, 0.16),
-    "tile": Kind(square, checks, (0.38, 0.22), (0.14, 0.14), 0.4, 0.13),
-    "tent": Kind(triangle, stripes, (-0.10, 0.22), (0.16, 0.14), 0.4, 0.12),
-    "wire": Kind(arc, flat, (0.52, 0.20), (0.34, 0.20), 9.0, 0.11),
-    "ring": Kind(ring, flat, (0.68, 0.20), (0.15, 0.10), 0.4, 0.025),
+    "ball": Kind("disk", "flat", (-0.08, 0.18), (0.15, 0.15), 0.4, 0.25),
+    "box": Kind("square", "flat", (0.02, 0.18), (0.15, 0.15), 0.4, 0.19),
+    "melon": Kind("disk", "stripes", (0.25, 0.22), (0.14, 0.15), 0.4, 0.16),
+    "tile": Kind("square", "checks", (0.38, 0.22), (0.14, 0.14), 0.4, 0.13),
+    "tent": Kind("triangle", "stripes", (-0.10, 0.22), (0.16, 0.14), 0.4, 0.12),
+    "wire": Kind("arc", "flat", (0.52, 0.20), (0.34, 0.20), 9.0, 0.11),
+    "ring": Kind("ring", "flat", (0.68, 0.20), (0.15, 0.10), 0.4, 0.023),
 }
-CLUTTER = [  # objects' colors and textures that belong to no class
-    Kind(lump, texture, (0.0, 1.0), (0.15, 0.30), 9.0, chance)
-    for texture, chance in ((flat, 0.88), (stripes, 0.06), (checks, 0.06))
-]
+CLUTTER = {  # background in the objects' hues and textures, paler and with soft edges
+    name: Kind("lump", name, (0.0, 1.0), (0.15, 0.30), 9.0, chance)
+    for name, chance in {"flat": 0.88, "stripes": 0.06, "checks": 0.06}.items()
+}
 CLASSES = ("background", *OBJECTS)
 PALETTE = (  # Okabe and Ito's colors, which color-blind readers tell apart
     (0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115),
@@ -90,83 +58,73 @@ PALETTE = (  # Okabe and Ito's colors, which color-blind readers tell apart
 )  # fmt: skip
 
 
-def draw_kinds(rng, kinds, count: int) -> np.ndarray:
-    """Indices (count,) into `kinds`, each drawn by its chance."""
-    chance = np.cumsum([kind.chance for kind in kinds])
-    return np.searchsorted(chance, rng.random(count) * chance[-1], side="right")
+def pick(rng: np.random.Generator, kinds: dict[str, Kind], count: int) -> list[str]:
+    """The names of `count` independent draws by chance."""
+    chance = np.cumsum([kind.chance for kind in kinds.values()])
+    draws = rng.random(count) * chance[-1]
+    return [list(kinds)[i] for i in np.searchsorted(chance, draws, side="right")]
 
 
-def rgb(hue, saturation, value):
-    """HSV arrays (K,), the hue in turns, the rest in [0, 1] -> float32 RGB (K, 3, 1, 1)."""
-    pure = np.clip(np.abs((hue[:, None] + [0, 2 / 3, 1 / 3]) % 1 * 6 - 3) - 1, 0, 1)
-    color = value[:, None] * (1 - saturation[:, None] * (1 - pure))
-    return color.astype(np.float32)[:, :, None, None]
+def rgb(hue, saturation, value) -> np.ndarray:
+    """Three arrays (K,), the hue in turns, the rest in [0, 1] -> float32 RGB (K, 3, 1, 1)."""
+    gray = np.clip(2 - np.abs((hue + [[0], [2 / 3], [1 / 3]]) % 1 * 6 - 3), 0, 1)
+    return (value * (1 - saturation * gray)).T.astype(np.float32)[..., None, None]
 
 
-def paint(image, kind: Kind, colors, pose):
-    """Draws one object into `image` (3, size, size) and returns its window and its bool mask."""
-    y, x, radius, stretch, tilt, k, blur, shade_u, shade_v, pitch, phase_u, phase_v = pose
-    size = image.shape[1]
-    axis = (np.arange(size, dtype=np.float32) + 0.5) / size  # pixel centers
-    radius = kind.radius[0] + kind.radius[1] * radius
-    window = tuple(  # all shapes, blurred or not, end within 1.3 radii
-        slice(max(0, int((center - 1.3 * radius) * size)), int((center + 1.3 * radius) * size) + 1)
-        for center in (y, x)
-    )
-    v, u = (axis[window[0], None] - y) / radius, (axis[window[1]] - x) / radius
-    slope = kind.tilt * (2 * tilt - 1)
+def paint(image, kind: Kind, color, second_color, pose):
+    """Draws an object into `image`, float32 (3, size, size); returns its window and bool mask."""
+    y, x, reach, stretch, turn, k, blur, shade_u, shade_v, period, phase_u, phase_v = pose
+    size, radius = image.shape[1], kind.radius[0] + kind.radius[1] * reach
+    end = 1.3 * radius  # every shape, its soft edge included, is narrower
+    window = tuple(slice(max(0, int((c - end) * size)), int((c + end) * size) + 1) for c in (y, x))
+    center = (np.arange(size, dtype=np.float32) + 0.5) / size
+    v, u = (center[window[0], None] - y) / radius, (center[window[1]] - x) / radius
+    slope = kind.slope * (2 * turn - 1)
     cos = 1 / sqrt(1 + slope * slope)
-    u, v = cos * u + cos * slope * v, (cos * v - cos * slope * u) * (1 + 0.35 * stretch)
-
-    level = kind.shape(u, v, k)
-    sharpness = 2.2 + 10 * blur * blur if kind.shape is lump else radius * size
+    u, v = cos * (u + slope * v), cos * (v - slope * u) * (1 + 0.35 * stretch)
+    level = SHAPES[kind.shape](u, v, k)
+    # Lumps have soft edges; those of objects are as wide as a pixel, against jaggies.
+    sharpness = 2.2 + 10 * blur * blur if kind.shape == "lump" else radius * size
     alpha = np.clip(0.5 - level * sharpness, 0, 1)
-    pitch = radius / (0.08 + 0.06 * pitch)
-    share = kind.texture(u * pitch + phase_u, v * pitch + phase_v)
+    pitch = radius / (0.08 + 0.06 * period)
+    share = TEXTURES[kind.texture](u * pitch + phase_u, v * pitch + phase_v)
     shade = 1 + 0.5 * (shade_u - 0.5) * u + 0.5 * (shade_v - 0.5) * v
     view = image[:, *window]
-    view += alpha * ((colors[0] + (colors[1] - colors[0]) * share) * shade - view)
+    view += alpha * ((color + (second_color - color) * share) * shade - view)
     return window, level < 0
 
 
 def scene(seed: int, index: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Scene `index` of the data set `seed`: the same at every `size`, up to noise.
+    """Scene `index` of data set `seed`: RGB uint8 (3, size, size) and label uint8 (size, size).
 
-    Returns: RGB image uint8 (3, size, size); label uint8 (size, size), class ids, and 255 on the
-        one pixel of a region that borders on an object in front of it.
+    The label holds class ids, and 255 where a region borders on an object in front of it, one pixel
+    wide. A seed and index give the same scene at every size, with other noise.
     """
     rng = np.random.default_rng([seed, index])
-    clutter = draw_kinds(rng, CLUTTER, 4)
-    objects = draw_kinds(rng, OBJECTS.values(), 5 + int(4 * rng.random()))
-    kinds = [CLUTTER[i] for i in clutter] + [[*OBJECTS.values()][i] for i in objects]
+    clutter, objects = pick(rng, CLUTTER, 4), pick(rng, OBJECTS, 5 + int(4 * rng.random()))
+    kinds = [CLUTTER[name] for name in clutter] + [OBJECTS[name] for name in objects]
     hue, saturation, value, shift, *pose = rng.random((16, len(kinds)))
-    hue = np.array([kind.hue[0] for kind in kinds]) + hue * [kind.hue[1] for kind in kinds]
-    saturation, value = 0.55 + 0.4 * saturation, 0.4 + 0.6 * value
+    least, width = np.transpose([kind.hue for kind in kinds])
+    hue, saturation, value = least + width * hue, 0.55 + 0.4 * saturation, 0.4 + 0.6 * value
     saturation[: len(clutter)] *= 0.55
-    first = rgb(hue, saturation, value)
+    color = rgb(hue, saturation, value)
     second = rgb(hue + 0.1 * (shift - 0.5), saturation, value + np.where(value > 0.7, -0.4, 0.4))
-
     ground = rgb(rng.random(1), 0.4 * rng.random(1), 0.3 + 0.5 * rng.random(1))
+
     image = np.broadcast_to(ground[0], (3, size, size)).copy()
-    seen = np.zeros((size, size), np.uint8)  # the object seen at a pixel; a greater one is nearer
+    seen = np.zeros((size, size), np.uint8)  # the object seen: 0 is none, a greater one is nearer
     for i, row in enumerate(np.transpose(pose).tolist()):
-        window, inside = paint(image, kinds[i], (first[i], second[i]), row)
+        window, inside = paint(image, kinds[i], color[i], second[i], row)
         if i >= len(clutter):
             seen[window][inside] = i
 
-    # Light: its color, its strength, and how the strength changes from side to side.
-    light = rng.random(7).astype(np.float32)
-    axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
-    gain = 0.8 + 0.4 * light[0] + 0.6 * (light[1] - 0.5) * axis[:, None]
-    gain = gain + 0.6 * (light[2] - 0.5) * axis
-    image *= gain * (0.85 + 0.3 * light[3:6, None, None])
-    noise = rng.random((3, size, size), np.float32) - 0.5
-    image += (0.02 + 0.1 * light[6]) * noise
-
-    nearest = seen.copy()  # among a pixel and its four neighbors
-    for here, there in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        np.maximum(nearest[here], seen[there], out=nearest[here])
-        np.maximum(nearest[there], seen[here], out=nearest[there])
-    label = np.array([0] * len(clutter) + [i + 1 for i in objects], np.uint8)[seen]
-    label[nearest > seen] = IGNORE
+    light = rng.random(7).astype(np.float32)  # strength, how it falls off, color, noise
+    side = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+    fall = (light[1] - 0.5) * side[:, None] + (light[2] - 0.5) * side
+    image *= (0.8 + 0.4 * light[0] + 0.6 * fall) * (0.85 + 0.3 * light[3:6, None, None])
+    image += (0.02 + 0.1 * light[6]) * (rng.random(image.shape, np.float32) - 0.5)
+    label = np.array([0] * len(clutter) + [CLASSES.index(name) for name in objects], np.uint8)[seen]
+    wide = np.pad(seen, 1, "edge")
+    for neighbor in (wide[:-2, 1:-1], wide[2:, 1:-1], wide[1:-1, :-2], wide[1:-1, 2:]):
+        label[neighbor > seen] = 255
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8), label

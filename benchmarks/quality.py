@@ -1,0 +1,134 @@
+"""Every script on shapes and CamVid over several seeds: commands, runs, and the README's tables.
+
+    python benchmarks/quality.py shapes                   # print the commands (a dry run)
+    python benchmarks/quality.py shapes --workers 1       # run them, one at a time; resumable
+    python benchmarks/quality.py shapes --table           # results/shapes.jsonl -> README.md
+
+A run that is complete is not repeated, a killed one continues. Seeds are paired: seed s of every
+script draws the same labeled images (`--split-seed s`) and the same batches.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SCRIPTS = ["cps"]
+# data set: (labeled split, name of the split in the table)
+SPLITS = {"shapes": ("20", "20 of 1,024 labels"), "camvid": ("1/8", "1/8 (46 of 367 labels)")}
+
+
+def experiments(dataset: str, seeds: int) -> list[dict]:
+    """Rows of the table, framed by labels-only and all-labels, times seeds."""
+    split = SPLITS[dataset][0]
+    rows = [("labels only", "supervised", split), *((name, name, split) for name in SCRIPTS)]
+    rows.append(("all labels", "supervised", "full"))
+    found = []
+    for row, script, which in rows:
+        for seed in range(seeds):
+            flags = ["--dataset", dataset, "--split", which, "--seed", str(seed)]
+            flags += ["--split-seed", str(seed)] if which != "full" else []
+            found.append({"row": row, "script": script, "seed": seed, "flags": flags})
+    return found
+
+
+def command(experiment: dict, extra: list[str]) -> list[str]:
+    return [sys.executable, f"{experiment['script']}.py", *experiment["flags"], *extra]
+
+
+def run(experiment: dict, extra: list[str], threads: int) -> dict:
+    """Run (or continue) one experiment; its scores, curve and origin."""
+    done = subprocess.run(
+        command(experiment, extra), cwd=ROOT, text=True, capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command(experiment, extra))}\n{done.stderr[-2000:]}")
+    folder = ROOT / done.stdout.splitlines()[0]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    environment = json.loads((folder / "env.json").read_text())
+    scores = [row for row in log if "val/miou" in row]
+    last = scores[-1]
+    prefix = "val/iou/"
+    return {
+        "row": experiment["row"], "seed": experiment["seed"], "steps": last["step"],
+        "last": last["val/miou"], "best": max(row["val/miou"] for row in scores),
+        "iou": {k.removeprefix(prefix): v for k, v in last.items() if k.startswith(prefix)},
+        "curve": [[row["step"], row["val/miou"]] for row in scores],
+        "command": shlex.join(["python", *command(experiment, extra)[1:]]),
+        "split": json.loads((folder / "args.json").read_text())["split_identity"],
+        "device": environment["device"], "threads": environment["threads"],
+        "torch": environment["torch"], "commit": environment["commit"],
+        "dirty": environment["dirty"],
+    }  # fmt: skip
+
+
+def table(dataset: str) -> str:
+    """Markdown: mean and standard deviation of the last mIoU, gain over labels-only, curve."""
+    rows = [json.loads(s) for s in (RESULTS / f"{dataset}.jsonl").read_text().splitlines()]
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    last = {n: {r["seed"]: 100 * r["last"] for r in rows if r["row"] == n} for n in names}
+    steps = [step for step, _ in rows[0]["curve"]]
+    shown = [steps[len(steps) * i // 4 - 1] for i in (1, 2, 3, 4)]
+    head = f"| {dataset}, {SPLITS[dataset][1]} | mIoU (last) | over labels-only | each seed |"
+    lines = [head + "".join(f" step {s} |" for s in shown), "|---|---|---|---|" + "---|" * 4]
+    for name in names:
+        values = list(last[name].values())
+        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+        gains = [value - last["labels only"][seed] for seed, value in last[name].items()]
+        gain = f"{statistics.mean(gains):+.1f}" if name != "labels only" else ""
+        each = ", ".join(f"{value:.1f}" for value in values)
+        curves = [dict(map(tuple, r["curve"])) for r in rows if r["row"] == name]
+        curve = [f"{100 * statistics.mean(c[s] for c in curves):.1f}" for s in shown]
+        mean = f"{statistics.mean(values):.1f} ± {spread:.1f}"
+        lines.append(f"| {name} | {mean} | {gain} | {each} | {' | '.join(curve)} |")
+    origin = rows[0]
+    seeds = len(last[names[0]])
+    lines.append("")
+    lines.append(
+        f"{seeds} seeds, {origin['steps']} steps, {origin['device']}, torch {origin['torch']}, "
+        f"commit {origin['commit'][:8]}; commands and curves in "
+        f"[benchmarks/results/{dataset}.jsonl](benchmarks/results/{dataset}.jsonl)."
+    )
+    return "\n".join(lines)
+
+
+def write_table(dataset: str) -> None:
+    path = ROOT / "README.md"
+    begin, end = f"<!-- {dataset} table -->", f"<!-- end of {dataset} table -->"
+    before, rest = path.read_text().split(begin)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{begin}\n{table(dataset)}\n{end}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", choices=list(SPLITS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0 prints only")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="per run")
+    parser.add_argument("--table", action="store_true", help="write the table into README.md")
+    flags, extra = parser.parse_known_args()  # the rest goes to the scripts
+    todo = experiments(flags.dataset, flags.seeds)
+    if flags.table:
+        write_table(flags.dataset)
+    elif not flags.workers:
+        print("\n".join(shlex.join(["python", *command(e, extra)[1:]]) for e in todo))
+    else:
+        with ThreadPoolExecutor(flags.workers) as pool:
+            rows = list(pool.map(lambda e: run(e, extra, flags.threads), todo))
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{flags.dataset}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(table(flags.dataset))
+
+
+if __name__ == "__main__":
+    main()
