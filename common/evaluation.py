@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from common.datasets import IGNORE
+from common.datasets import IGNORE, outlive_signals
 from common.transforms import denormalize, normalize, pad_margins
 
 
@@ -40,15 +40,21 @@ def mean_iou(confusion: torch.Tensor) -> float:
 
 def window_starts(length: int, crop_size: int, stride: int) -> list[int]:
     """0, stride, 2 stride, ...; the last window is shifted to end at the border."""
+    if not 1 <= stride <= crop_size:
+        raise ValueError(f"stride {stride} leaves gaps between windows of {crop_size} pixels")
     last = max(0, length - crop_size)
     return [min(i * stride, last) for i in range(math.ceil(last / stride) + 1)]
 
 
 def padded_logits(model: Callable, image: torch.Tensor, size: int) -> torch.Tensor:
-    """Logits of (B, 3, H, W); sides shorter than `size` are padded with 0 and cropped back."""
+    """Logits of (B, 3, H, W); sides shorter than `size` are padded with 0 and cropped back.
+
+    Half precision comes back as fp32.
+    """
     height, width = image.shape[2:]
     left, top, right, bottom = pad_margins(height, width, size)
-    logits = model(F.pad(image, (left, right, top, bottom))).float()
+    logits = model(F.pad(image, (left, right, top, bottom)))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits[:, :, top : top + height, left : left + width]
 
 
@@ -63,14 +69,15 @@ def sliding_window_logits(
         stride: pixels between windows; the last ones are shifted to end at the border
     """
     height, width = image.shape[2:]
-    total = image.new_zeros(len(image), num_classes, height, width, dtype=torch.float32)
-    count = image.new_zeros(1, 1, height, width, dtype=torch.float32)
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    total = image.new_zeros(len(image), num_classes, height, width, dtype=dtype)
+    count = image.new_zeros(1, 1, height, width, dtype=dtype)
     for top in window_starts(height, crop_size, stride):
         for left in window_starts(width, crop_size, stride):
             window = (..., slice(top, top + crop_size), slice(left, left + crop_size))
             total[window] += padded_logits(model, image[window], crop_size)
             count[window] += 1
-    return total / count
+    return total / count  # DIFFERS (supervised.md 7): the release sums
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,10 @@ def validate(
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     shard = range(rank, len(dataset), world_size)
     generator = torch.Generator()  # of its own: a loader draws a base seed even without shuffling
-    loader = DataLoader(dataset, sampler=shard, num_workers=num_workers, generator=generator)
+    loader = DataLoader(
+        dataset, sampler=shard, num_workers=num_workers, generator=generator,
+        worker_init_fn=outlive_signals,
+    )  # fmt: skip
     for image, label in loader:
         scores = predict(model, normalize(image.to(device)), num_classes, protocol)
         confusion += confusion_matrix(label.to(device), scores.argmax(1), num_classes)
@@ -157,21 +167,19 @@ def colorize(label: torch.Tensor, palette) -> torch.Tensor:
     return colors[label.cpu().long()].movedim(-1, -3)
 
 
-def side_by_side(tensors: list[torch.Tensor], palette, count: int = 4) -> torch.Tensor:
-    """One uint8 picture (3, count H, len(tensors) W): an image of the batch per line.
+def side_by_side(images: list, maps: list, palette, count: int = 4) -> torch.Tensor:
+    """One uint8 picture (3, count H, columns W): an image of the batch per line.
 
     Args:
-        tensors: normalized images (B, 3, H, W) first, then labels (B, H, W) int64, confidences
-            (B, H, W) float in [0, 1], shown gray, or logits (B, C, H, W), shown as their argmax
+        images: normalized images (B, 3, H, W)
+        maps: labels (B, H, W) int64, confidences (B, H, W) float in [0, 1], shown gray, or logits
+            (B, C, H, W), shown as their argmax
     """
-    panels = []
-    for position, tensor in enumerate(tensors):
-        tensor = tensor[:count].detach().cpu()
-        if position == 0:
-            panels.append(denormalize(tensor))
-        elif tensor.ndim == 3 and tensor.is_floating_point():
+    panels = [denormalize(image[:count].detach().cpu()) for image in images]
+    for tensor in (each[:count].detach().cpu() for each in maps):
+        if tensor.ndim == 3 and tensor.is_floating_point():
             panels.append((tensor * 255).byte()[:, None].expand(-1, 3, -1, -1))
         else:
             panels.append(colorize(tensor.argmax(1) if tensor.ndim == 4 else tensor, palette))
-    lines = torch.cat(panels, dim=3)  # (B, 3, H, panels W)
+    lines = torch.cat(panels, dim=3)  # (B, 3, H, columns W)
     return torch.cat(list(lines), dim=1)

@@ -4,6 +4,8 @@ A view draws from torch's default generator only, which `Samples` seeds for each
 uint8 until `normalize` runs on the training device.
 """
 
+from functools import lru_cache
+
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -16,18 +18,22 @@ STD = (0.229, 0.224, 0.225)
 MEAN_COLOR = tuple(round(255 * value) for value in MEAN)  # uint8 that normalizes to 0
 
 
+@lru_cache
+def statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """MEAN and STD as (1, 3, 1, 1); copied to a device once, since every copy makes a GPU wait."""
+    return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+
+
 def normalize(image: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 3, H, W) -> float32, ImageNet statistics, channels last."""
-    mean = torch.tensor(MEAN, device=image.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=image.device).view(1, 3, 1, 1)
+    mean, std = statistics(image.device)
     image = image.to(memory_format=torch.channels_last)
     return (image.float() / 255 - mean) / std
 
 
 def denormalize(image: torch.Tensor) -> torch.Tensor:
     """The inverse of `normalize`, rounded to uint8."""
-    mean = torch.tensor(MEAN, device=image.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=image.device).view(1, 3, 1, 1)
+    mean, std = statistics(image.device)
     return ((image.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -53,23 +59,23 @@ class WeakView(v2.Transform):
     def make_params(self, flat_inputs) -> dict:
         height, width = v2.query_size(flat_inputs)
         scale = self.scales[int(torch.randint(len(self.scales), ()))]
-        window = max(1, round(self.crop_size / scale))
+        window = max(1, round(self.crop_size / scale))  # DIFFERS (supervised.md 3): cut first
         size, corner, resized = [], [], []
         for length in (height, width):
             part = min(window, length)
             size.append(part)
             corner.append(int(torch.randint(length - part + 1, ())))
-            full = part == window
-            resized.append(self.crop_size if full else min(self.crop_size, round(part * scale)))
+            resized.append(self.crop_size if part == window else max(1, int(part * scale)))
         flip = bool(torch.rand(()) < 0.5)
         return {"corner": corner, "size": size, "resized": resized, "flip": flip}
 
     def transform(self, inpt, params: dict):
         out = F.crop(inpt, *params["corner"], *params["size"])
+        if params["flip"]:  # before the resize: nearest sampling is not symmetric
+            out = F.horizontal_flip(out)
         if params["resized"] != params["size"]:
             out = F.resize(out, params["resized"], antialias=False)
-        if params["flip"]:
-            out = F.horizontal_flip(out)
         margins = pad_margins(*params["resized"], self.crop_size)
+        # DIFFERS (supervised.md 4): the mean color in whole gray levels
         fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else list(MEAN_COLOR)
         return F.pad(out, margins, fill=fill) if any(margins) else out

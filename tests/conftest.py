@@ -1,5 +1,8 @@
-"""Fixtures: the authors' numbers, and quick runs on the shapes data set."""
+"""Fixtures: the authors' numbers, quick runs on the shapes data set, and an HTTP server."""
 
+import http.server
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,3 +106,66 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     different = [key for key in a if not torch.equal(a[key], b[key])]
     assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:3]}"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` (path -> bytes) on 127.0.0.1; the attributes make it misbehave."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.requests = {}, []  # requests: (path, Range header)
+        self.honors_range, self.break_after, self.breaks = True, None, 0
+        self.hang, self.closing, self.delay = None, threading.Event(), 0.0  # hang: "start", "body"
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, start = self.server, 0
+        wanted = self.headers.get("Range")
+        server.requests.append((self.path, wanted))
+        if server.hang == "start":
+            server.closing.wait()
+            return
+        time.sleep(server.delay)
+        body = server.files.get(self.path)
+        if body is None:
+            self.send_error(404)
+            return
+        if wanted and server.honors_range:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(body):
+                self.send_error(416)
+                return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        if server.hang == "body":
+            self.wfile.write(body[start : start + 1000])
+            server.closing.wait()
+        elif server.breaks:
+            server.breaks -= 1
+            self.wfile.write(body[start : start + server.break_after])
+        else:
+            self.wfile.write(body[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    from common import splits
+
+    server = Server()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(splits, "PAUSE", 0.0)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()

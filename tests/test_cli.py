@@ -63,20 +63,21 @@ MISTAKES = {
     "--batch-size 6 --accumulate 4": "--batch-size 6 is not divisible by 1 processes x",
     "--batch-size 4 --accumulate 4": "BatchNorm would see 1 image per forward",
     "--accumulate 0": "--accumulate 0: must be a whole number, 1 or more",
-    "--crop-size 8": "--crop-size 8: must be 32 or more",
+    "--crop-size 8": "--crop-size 8: must be a whole number, 32 or more",
     "--steps 0": "--steps 0: must be a whole number, 1 or more",
-    "--lr nan": "--lr nan: must be a finite number, above 0",
-    "--lr 0": "--lr 0.0: must be a finite number, above 0",
-    "--lr -1": "--lr -1.0: must be a finite number, above 0",
+    "--lr nan": "--lr nan: must be a finite number, 0 or more",
+    "--lr 0": "--lr 0: must be above 0",
+    "--lr -1": "--lr -1.0: must be a finite number, 0 or more",
     "--weight-decay inf": "--weight-decay inf: must be a finite number, 0 or more",
-    "--momentum 1": "--momentum 1.0: must be in [0, 1)",
+    "--momentum 1": "--momentum 1.0: must be below 1",
     "--num-workers -1": "--num-workers -1: must be a whole number, 0 or more",
     "--log-every 0": "--log-every 0: must be a whole number, 1 or more",
     "--eval-every 0": "--eval-every 0: must be a whole number, 1 or more",
     "--seed -1": "--seed -1: must be a whole number, 0 or more",
     "--exp-name a/b": "--exp-name 'a/b': must be a name without / and __",
     "--weights imagenet": "--weights imagenet: resnet14 has none; use --weights none",
-    "--weights nowhere.pth": "--weights nowhere.pth: nowhere.pth does not fit resnet14",
+    "--weights nowhere.pth": "--weights nowhere.pth: no such file; or use imagenet or none",
+    "--weights README.md": "README.md does not fit resnet14",
     "--dataset voc": "--dataset shapes",
     "--dataset cityscapes": "cityscapes-dataset.com",
     "--dataset camvid": "Add --download",
@@ -186,6 +187,8 @@ def test_own_data_from_training_to_prediction(monkeypatch, capsys, tmp_path):
     assert code == 0 and "4 labeled + 4 unlabeled images" in out, err
     (checkpoint,) = tmp_path.glob("runs/*/last.pt")
     out_dir = tmp_path / "out"
+    flags = [*flags, "--log-pseudo-accuracy", "--overwrite"]  # where no mask is, none is asked
+    assert call(cps, monkeypatch, capsys, *flags)[0] == 0
     flags = [checkpoint, folder / "images", "--out", out_dir, "--device", "cpu", "--evaluate"]
     code, out, err = call(predict, monkeypatch, capsys, *flags, entry="command_line")
     assert code == 0 and "mIoU" in out and "dark" in out and "whole image" in out, err

@@ -133,6 +133,7 @@ def test_paste_partitions_the_image():
 def test_ramp():
     assert [linear_ramp(step, 10, 0.2, 0.4) for step in (0, 2, 3, 4, 9)] == [0, 0, 0.5, 1, 1]
     assert linear_ramp(0, 10, 0.0, 0.0) == 1
+    assert [linear_ramp(step, 10, 0.5, 0.5) for step in (4, 5)] == [0, 1]
 
 
 class RecordedError(Exception):

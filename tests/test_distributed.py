@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,10 +39,19 @@ def process(rank, world_size, port, name, args, frozen):
     Shapes.val_ids = Shapes.val_ids[:7]  # two does not divide it
     if frozen:
         freeze_batchnorm(pytest.MonkeyPatch(), SCRIPTS[name])
-    SCRIPTS[name].main(args)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setitem(sys.modules, "tyro", SimpleNamespace(cli=lambda _: args))
+    SCRIPTS[name].command_line()
 
 
 def run(world_size: int, name: str, args, frozen: bool = False) -> Path:
+    codes = exit_codes(world_size, name, args, frozen)
+    assert codes == [0] * world_size
+    (folder,) = Path(args.output_dir).glob(f"*__{args.exp_name}-{world_size}__*")
+    return folder
+
+
+def exit_codes(world_size: int, name: str, args, frozen: bool = False) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,9 +64,17 @@ def run(world_size: int, name: str, args, frozen: bool = False) -> Path:
         one.start()
     for one in processes:
         one.join(180)
-    assert [one.exitcode for one in processes] == [0] * world_size
-    (folder,) = Path(args.output_dir).glob(f"*__{args.exp_name}__*")
-    return folder
+    return [one.exitcode for one in processes]
+
+
+def test_mistakes_end_both_processes(quick, capfd):
+    """What rank 0 alone finds (a refused resume, checked data) ends all, said once."""
+    args = quick(supervised.Args, steps=2)
+    run(2, "supervised", args)
+    capfd.readouterr()
+    assert exit_codes(2, "supervised", replace(args, lr=0.5)) == [2, 2]
+    assert capfd.readouterr().err.count("holds a run with other arguments") == 1
+    assert exit_codes(2, "supervised", replace(args, check_data=True)) == [0, 0]
 
 
 @pytest.mark.parametrize("batch_size", [8, 16])

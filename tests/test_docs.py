@@ -53,3 +53,16 @@ def test_readme_is_short_and_its_test_command_is_the_one_ci_runs():
     assert len(text.splitlines()) <= 200
     command = re.search(r"<!-- test -->\n```bash\n(.*?)\n```", text, re.DOTALL)
     assert "pytest" in command[1] and "requirements.txt" in command[1]
+
+
+def test_every_marked_difference_is_numbered_on_its_page():
+    marks = [
+        mark
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py")]
+        for mark in re.findall(r"# DIFFERS \((\w+\.md) (\d+)\)", path.read_text())
+    ]
+    assert len(marks) > 8
+    for page, number in marks:
+        assert re.search(rf"^{number}\. ", (ROOT / "docs" / page).read_text(), re.M), (page, number)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py")]:
+        assert not re.search(r"DIFFERS(?! \(\w+\.md \d+\):)", path.read_text()), path

@@ -153,14 +153,28 @@ def test_other_arguments_are_refused_and_neutral_ones_are_not(quick):
     assert again["steps"] == args.steps
 
 
+def claim(args):
+    """What `Run` takes, as `main` would give it."""
+    args = supervised.resolve(args)
+    data, split = supervised.open_data(args.dataset, args.data_root, args.split)
+    return args, data, split, None, torch.device("cpu"), 0
+
+
 def test_damaged_checkpoint_falls_back(quick, monkeypatch, capsys):
     args = quick(supervised.Args, save_every=2)
     whole = weights(supervised.main(replace(args, exp_name="whole"))["run_dir"])
     supervised.main(args)
     last = run_dir(args) / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
+    good = (run_dir(args) / "previous.pt").read_bytes()
     assert_same(whole, weights(supervised.main(args)["run_dir"]))
     assert "damaged" in capsys.readouterr().out
+    assert torch.load(run_dir(args) / "last.pt", weights_only=True)["step"] == 6
+    last.write_bytes(b"nothing")
+    (run_dir(args) / "previous.pt").write_bytes(good)
+    script = supervised.Run(*claim(args))
+    assert script.load()["step"] == 4 and not last.exists()  # the good one cannot be replaced by it
+    script.close()
     for name in ("last.pt", "previous.pt"):
         (run_dir(args) / name).write_bytes(b"nothing")
     with pytest.raises(supervised.UserError, match="--overwrite"):
@@ -177,14 +191,47 @@ def test_directory_without_checkpoint_starts_anew(quick):
 
 
 def test_directory_in_use_is_refused(quick):
-    args = quick(supervised.Args)
-    folder = Path(supervised.main(args)["run_dir"])
-    import fcntl
+    args = quick(supervised.Args, steps=500, num_workers=2, log_every=1)
+    process = start("supervised", args)
+    while process.is_alive() and not logged_rows(args):
+        time.sleep(0.01)
+    with pytest.raises(supervised.UserError, match="in use"):
+        supervised.main(args)
+    process.kill()
+    process.join()
+    # Free at once, though the loader processes of the killed run may live on for seconds.
+    supervised.main(replace(args, steps=2, overwrite=True))
 
-    with (folder / "lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(supervised.UserError, match="in use"):
-            supervised.main(args)
+
+def test_group_signal_with_loader_processes(quick):
+    """scancel and Ctrl-C reach the loader processes too: the step is still finished and saved."""
+    args = quick(supervised.Args, steps=500, num_workers=2, log_every=1)
+    process = CONTEXT.Process(target=run_in_group, args=("supervised", args))
+    process.start()
+    while process.is_alive() and not logged_rows(args):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 143
+    step = torch.load(run_dir(args) / "last.pt", weights_only=True)["step"]
+    assert step == read_log(run_dir(args))[-1]["step"] < 500
+
+
+def run_in_group(*args):
+    os.setpgid(0, 0)
+    run(*args)
+
+
+def test_overwrite_is_for_the_first_start_only(quick, monkeypatch):
+    args = quick(supervised.Args, overwrite=True)
+    folder = Path(supervised.main(args)["run_dir"])
+    (folder / "mine.txt").write_text("kept")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    supervised.main(args)
+    assert (folder / "mine.txt").exists()
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    supervised.main(args)
+    assert not (folder / "mine.txt").exists()
 
 
 def test_nan_stops_with_step_and_term_and_keeps_the_state(quick, monkeypatch):
@@ -206,6 +253,38 @@ def test_nan_stops_with_step_and_term_and_keeps_the_state(quick, monkeypatch):
     assert torch.load(run_dir(args) / "last.pt", weights_only=True)["step"] == 2
     # The same command continues from there.
     assert supervised.main(args)["steps"] == args.steps
+
+
+def test_nan_between_logged_steps_is_found_before_a_save(quick, monkeypatch):
+    args = quick(supervised.Args, save_every=4, log_every=100)
+    right, calls = supervised.supervised_loss, []
+
+    def broken(*inputs):
+        calls.append(None)
+        return right(*inputs) * (float("inf") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(supervised, "supervised_loss", broken)
+    steps = []
+    first_bad = supervised.first_bad
+    monkeypatch.setattr(
+        supervised,
+        "first_bad",
+        lambda history, done: steps.append(done) or first_bad(history, done),
+    )
+    with pytest.raises(FloatingPointError, match="at step 3"):
+        supervised.main(args)
+    assert steps == [1, 2, 3]
+    assert not (run_dir(args) / "last.pt").exists()
+
+
+def test_an_edited_script_is_noticed(quick, capsys):
+    args = quick(supervised.Args, save_every=2)
+    folder = Path(supervised.main(args)["run_dir"])
+    (folder / "supervised.py").write_text("another text")
+    (folder / "last.pt").unlink()
+    supervised.main(args)
+    assert "was edited since this run began" in capsys.readouterr().out
+    assert (folder / "supervised.py").read_text() == "another text"
 
 
 def test_run_directory_and_checkpoints(quick):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import http.server
 import io
 import sys
 import tarfile
@@ -12,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import Server
 
 from common import UserError, splits
 from common.splits import Split, extract, fetch, make_split, read_ids
@@ -26,67 +26,11 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` (path -> bytes) on 127.0.0.1; the attributes make it misbehave."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.requests = {}, []  # requests: (path, Range header)
-        self.honors_range, self.break_after, self.breaks = True, None, 0
-        self.hang, self.closing, self.delay = None, threading.Event(), 0.0  # hang: "start", "body"
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        server, start = self.server, 0
-        wanted = self.headers.get("Range")
-        server.requests.append((self.path, wanted))
-        if server.hang == "start":
-            server.closing.wait()
-            return
-        time.sleep(server.delay)
-        body = server.files.get(self.path)
-        if body is None:
-            self.send_error(404)
-            return
-        if wanted and server.honors_range:
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(body):
-                self.send_error(416)
-                return
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        if server.hang == "body":
-            self.wfile.write(body[start : start + 1000])
-            server.closing.wait()
-        elif server.breaks:
-            server.breaks -= 1
-            self.wfile.write(body[start : start + server.break_after])
-        else:
-            self.wfile.write(body[start:])
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
-def server(monkeypatch):
-    server = Server()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(splits, "PAUSE", 0.0)
+def server(server, monkeypatch):
     monkeypatch.setattr(splits, "TORCHSEMISEG_URL", f"{server.url}/tss")
     monkeypatch.setattr(splits, "UNIMATCH_URL", f"{server.url}/um")
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield server
-    server.closing.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    return server
 
 
 # ---- fetch ---------------------------------------------------------------------------------------
