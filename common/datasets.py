@@ -662,9 +662,15 @@ class Samples(Dataset):
 
 
 def outlive_signals(worker: int) -> None:
-    """A loader process leaves Ctrl-C and SIGTERM to the training process, which ends it."""
+    """Lets a loader process survive, for a while, signals meant for the training process.
+
+    Ctrl-C and schedulers signal every process of a run; the training process still needs batches
+    to finish its step, and then ends its loaders itself.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # POSIX
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
 class Validation(Dataset):

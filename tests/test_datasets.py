@@ -5,6 +5,7 @@ import itertools
 import random
 import shutil
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -258,7 +259,13 @@ def test_two_runs_convert_at_once(tmp_path, monkeypatch):
     make_devkit(tmp_path / "VOC2012")
     make_sbd(tmp_path)
     read, calls, found = datasets.read_sbd, [], []
-    monkeypatch.setattr(datasets, "read_sbd", lambda path: calls.append(path) or read(path))
+
+    def slow(path):
+        calls.append(path)
+        time.sleep(0.05)
+        return read(path)
+
+    monkeypatch.setattr(datasets, "read_sbd", slow)
     runs = [
         threading.Thread(target=lambda: found.append(open_dataset("voc", tmp_path).train_ids))
         for _ in range(3)
@@ -338,6 +345,10 @@ def test_voc_download_of_what_is_missing(voc_server, tmp_path, place):
     make_devkit(tmp_path / "mine" / place)
     assert len(open_dataset("voc", tmp_path / "mine", download=True).train_ids) == 4
     assert [path for path, _ in voc_server.requests] == ["/sbd.tar.gz"]
+    make_devkit(tmp_path / "both" / place)
+    make_sbd(tmp_path / "both")
+    assert len(open_dataset("voc", tmp_path / "both", download=True).train_ids) == 4
+    assert len(voc_server.requests) == 1
 
 
 def test_voc_download_continues_a_broken_transfer(voc_server, tmp_path):

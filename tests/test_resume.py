@@ -66,14 +66,14 @@ def logged_rows(args) -> int:
 
 @pytest.mark.parametrize(("name", "workers"), [("supervised", 2), ("cps", 0), ("cps", 2)])
 def test_killed_at_random_moments(name, workers, quick):
-    """Ten SIGKILLs, dropout in the network; the log has every row once, too."""
+    """KILLS SIGKILLs (4), dropout in the network; the log has every row once, too."""
     args = quick(
-        SCRIPTS[name].Args, steps=50, save_every=1, num_workers=workers, log_every=1, eval_every=25
+        SCRIPTS[name].Args, steps=30, save_every=1, num_workers=workers, log_every=1, eval_every=25
     )
     complete(name, replace(args, exp_name="whole", save_every=1000), True)
     draw = random.Random(f"{name}{workers}")
     steps = [0]
-    for _ in range(int(os.environ.get("KILLS", 10))):
+    for _ in range(int(os.environ.get("KILLS", 4))):
         process = start(name, args, True)
         # At any moment of the start, or of the steps and checkpoints that follow the first new row.
         wait_for_row = draw.random() < 0.8
@@ -84,7 +84,7 @@ def test_killed_at_random_moments(name, workers, quick):
         process.join()
         steps.append(logged_rows(args))
     complete(name, args, True)
-    assert len(set(steps)) > 4 and steps[-2] < args.steps, f"kills too early or late: {steps}"
+    assert len(set(steps)) > 2 and steps[-2] < args.steps, f"kills too early or late: {steps}"
     whole, killed = run_dir(replace(args, exp_name="whole")), run_dir(args)
     assert_same(weights(whole), weights(killed))
     assert_same(weights(whole, "best.pt"), weights(killed, "best.pt"))
