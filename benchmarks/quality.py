@@ -44,29 +44,33 @@ def command(experiment: dict, extra: list[str]) -> list[str]:
 
 
 def run(experiment: dict, extra: list[str], threads: int) -> dict:
-    """Run (or continue) one experiment; its scores, curve and origin."""
+    """Run (or continue) one experiment; its row of the results."""
     done = subprocess.run(
         command(experiment, extra), cwd=ROOT, text=True, capture_output=True,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{shlex.join(command(experiment, extra))}\n{done.stderr[-2000:]}")
-    folder = ROOT / done.stdout.splitlines()[0]
+    return collect(experiment["row"], ROOT / done.stdout.splitlines()[0])
+
+
+def collect(row: str, folder: Path) -> dict:
+    """Scores, curve and origin of a finished run, from its directory."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     environment = json.loads((folder / "env.json").read_text())
-    scores = [row for row in log if "val/miou" in row]
-    last = scores[-1]
-    prefix = "val/iou/"
+    args = json.loads((folder / "args.json").read_text())
+    scores = [entry for entry in log if "val/miou" in entry]
+    last, prefix = scores[-1], "val/iou/"
     return {
-        "row": experiment["row"], "seed": experiment["seed"], "steps": last["step"],
-        "last": last["val/miou"], "best": max(row["val/miou"] for row in scores),
+        "row": row, "seed": args["seed"], "steps": last["step"],
+        "last": last["val/miou"], "best": max(entry["val/miou"] for entry in scores),
         "iou": {k.removeprefix(prefix): v for k, v in last.items() if k.startswith(prefix)},
-        "curve": [[row["step"], row["val/miou"]] for row in scores],
-        "command": shlex.join(["python", *command(experiment, extra)[1:]]),
-        "split": json.loads((folder / "args.json").read_text())["split_identity"],
-        "device": environment["device"], "threads": environment["threads"],
-        "torch": environment["torch"], "commit": environment["commit"],
-        "dirty": environment["dirty"],
+        "curve": [[entry["step"], entry["val/miou"]] for entry in scores],
+        "command": shlex.join(["python", Path(environment["command"][0]).name,
+                               *environment["command"][1:]]),
+        "split": args["split_identity"], "device": environment["device"],
+        "threads": environment["threads"], "torch": environment["torch"],
+        "commit": environment["commit"], "dirty": environment["dirty"],
     }  # fmt: skip
 
 
@@ -76,24 +80,27 @@ def table(dataset: str) -> str:
     names = list(dict.fromkeys(row["row"] for row in rows))
     last = {n: {r["seed"]: 100 * r["last"] for r in rows if r["row"] == n} for n in names}
     steps = [step for step, _ in rows[0]["curve"]]
-    shown = [steps[len(steps) * i // 4 - 1] for i in (1, 2, 3, 4)]
+    shown = steps[1::2] if len(steps) > 5 else steps
     head = f"| {dataset}, {SPLITS[dataset][1]} | mIoU (last) | over labels-only | each seed |"
-    lines = [head + "".join(f" step {s} |" for s in shown), "|---|---|---|---|" + "---|" * 4]
+    lines = [head + "".join(f" step {s} |" for s in shown)]
+    lines.append("|---|---|---|---|" + "---|" * len(shown))
     for name in names:
         values = list(last[name].values())
-        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
         gains = [value - last["labels only"][seed] for seed, value in last[name].items()]
         gain = f"{statistics.mean(gains):+.1f}" if name != "labels only" else ""
         each = ", ".join(f"{value:.1f}" for value in values)
         curves = [dict(map(tuple, r["curve"])) for r in rows if r["row"] == name]
         curve = [f"{100 * statistics.mean(c[s] for c in curves):.1f}" for s in shown]
-        mean = f"{statistics.mean(values):.1f} ± {spread:.1f}"
+        mean = f"{statistics.mean(values):.1f}"
+        if len(values) > 1:
+            mean += f" ± {statistics.stdev(values):.1f}"
         lines.append(f"| {name} | {mean} | {gain} | {each} | {' | '.join(curve)} |")
     origin = rows[0]
     seeds = len(last[names[0]])
     lines.append("")
     lines.append(
-        f"{seeds} seeds, {origin['steps']} steps, {origin['device']}, torch {origin['torch']}, "
+        f"{seeds} seed{'s' * (seeds > 1)} (± standard deviation), {origin['steps']} steps, "
+        f"{origin['device']}, torch {origin['torch']}, "
         f"commit {origin['commit'][:8]}; commands and curves in "
         f"[benchmarks/results/{dataset}.jsonl](benchmarks/results/{dataset}.jsonl)."
     )
