@@ -187,7 +187,7 @@ PAPER = {
         lambda_cps=lambda args: 1.0 if args.cutmix else 1.5, cps_start=0.2, cps_full=0.4,
     ),
 }  # fmt: skip
-PAPER["folder"] = PAPER["voc"] | {"split": "full", "steps": 39_680}
+PAPER["folder"] = PAPER["voc"] | {"split": "labeled.txt", "steps": 39_680}
 
 
 # === method ===

@@ -150,7 +150,7 @@ PAPER = {
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
     ),
 }  # fmt: skip
-PAPER["folder"] = PAPER["voc"] | {"split": "full", "steps": 39_680}
+PAPER["folder"] = PAPER["voc"] | {"split": "labeled.txt", "steps": 39_680}
 
 
 # === losses (copied) ===

@@ -131,8 +131,7 @@ def make_split(
         f"correct them, or complete the data in {data_root}",
     )
     pool = (known - chosen if rest is None else set(rest)) | set(extra_ids)
-    # With every label in use, the unlabeled images are those that never have one, if there are any.
-    if unlabeled == "all" or (split == "full" and not extra_ids):
+    if unlabeled == "all" or split == "full":
         pool = known | set(extra_ids)
     _refuse(
         (chosen | pool) & set(val_ids),
@@ -176,8 +175,9 @@ def _choose(split, dataset, train_ids, data_root, split_seed):
     if split == "full":
         return "full", "full", train_ids, None
 
+    path = Path(split) if Path(split).exists() else Path(data_root) / split
     try:
-        text = Path(split).read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         forms = ", ".join({key[1]: ":".join(key[1:]) for key in PUBLISHED}.values())
         raise UserError(

@@ -14,7 +14,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # small tensors, and busy machines
 
 
 class Golden(dict):

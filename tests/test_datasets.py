@@ -937,11 +937,22 @@ def test_samples_use_their_own_seed_alone(samples):
 
 def test_samples_without_labels_read_no_mask(tmp_path):
     data = open_dataset("folder", make_folder(tmp_path))
-    shutil.rmtree(tmp_path / "masks")
-    unlabeled = Samples(data, data.extra_ids, WeakView(6, (1.0,)), with_label=False)
-    assert len(unlabeled) == 2
-    image, mask = unlabeled[1, 0]
-    assert image.shape == (3, 6, 6) and mask.unique().tolist() == [IGNORE]
+    (tmp_path / "masks" / "b.png").write_text("no image")
+    unlabeled = Samples(data, ("a", "b", "x"), WeakView(6, (1.0,)), with_label=False)
+    assert len(unlabeled) == 3
+    for index in range(3):
+        image, mask = unlabeled[index, 0]
+        assert image.shape == (3, 6, 6) and mask.unique().tolist() == [IGNORE]
+
+
+def test_samples_take_the_labels_that_are_there(tmp_path):
+    """Unlabeled images may have a mask, which a diagnostic reads."""
+    data = open_dataset("folder", make_folder(tmp_path))
+    assert [data.has_label(image_id) for image_id in "abxy"] == [True, True, False, False]
+    some = Samples(data, ("a", "x"), WeakView(6, (1.0,)))
+    assert set(some[0, 0][1].unique().tolist()) == {0, 1, IGNORE}
+    assert some[1, 0][1].unique().tolist() == [IGNORE]
+    assert open_dataset("shapes", tmp_path).has_label("00000")
 
 
 def test_validation_is_whole_images_in_order(tmp_path):

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,8 @@ class WithDropout(supervised.DeepLabV3Plus):
 
 
 def run(name: str, args, dropout: bool = False) -> None:
-    """In a process of its own."""
+    """In a process of its own, and a group, so that `end` finds its loader processes."""
+    os.setpgid(0, 0)
     torch.set_num_threads(1)
     from common.datasets import Shapes
 
@@ -52,6 +54,14 @@ def complete(*args) -> None:
     assert process.exitcode == 0
 
 
+def end(process: multiprocessing.Process) -> None:
+    """Remove the loader processes of a killed run, which live on for a while (or, if it was killed
+    while they started, for good).
+    """
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def run_dir(args) -> Path:
     (folder,) = Path(args.output_dir).glob(f"*__{args.exp_name}__*")
     return folder
@@ -72,7 +82,7 @@ def test_killed_at_random_moments(name, workers, quick):
     )
     complete(name, replace(args, exp_name="whole", save_every=1000), True)
     draw = random.Random(f"{name}{workers}")
-    steps = [0]
+    steps, killed = [0], []
     for _ in range(int(os.environ.get("KILLS", 4))):
         process = start(name, args, True)
         # At any moment of the start, or of the steps and checkpoints that follow the first new row.
@@ -82,8 +92,11 @@ def test_killed_at_random_moments(name, workers, quick):
         process.join(draw.uniform(0.0, 0.4))
         process.kill()
         process.join()
+        killed.append(process)
         steps.append(logged_rows(args))
     complete(name, args, True)
+    for process in killed:
+        end(process)
     assert len(set(steps)) > 2 and steps[-2] < args.steps, f"kills too early or late: {steps}"
     whole, killed = run_dir(replace(args, exp_name="whole")), run_dir(args)
     assert_same(weights(whole), weights(killed))
@@ -201,13 +214,13 @@ def test_directory_in_use_is_refused(quick):
     process.join()
     # Free at once, though the loader processes of the killed run may live on for seconds.
     supervised.main(replace(args, steps=2, overwrite=True))
+    end(process)
 
 
 def test_group_signal_with_loader_processes(quick):
     """scancel and Ctrl-C reach the loader processes too: the step is still finished and saved."""
     args = quick(supervised.Args, steps=500, num_workers=2, log_every=1)
-    process = CONTEXT.Process(target=run_in_group, args=("supervised", args))
-    process.start()
+    process = start("supervised", args)
     while process.is_alive() and not logged_rows(args):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
@@ -215,11 +228,6 @@ def test_group_signal_with_loader_processes(quick):
     assert process.exitcode == 143
     step = torch.load(run_dir(args) / "last.pt", weights_only=True)["step"]
     assert step == read_log(run_dir(args))[-1]["step"] < 500
-
-
-def run_in_group(*args):
-    os.setpgid(0, 0)
-    run(*args)
 
 
 def test_overwrite_is_for_the_first_start_only(quick, monkeypatch):

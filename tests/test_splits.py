@@ -298,8 +298,8 @@ def test_voc_pseudoseg(server, tmp_path, voc, capsys, monkeypatch, size, count, 
     printed = capsys.readouterr().out
     assert twice in printed and printed.count("\n") == 1
     monkeypatch.setenv("RANK", "1")
-    both = make_split(f"pseudoseg:{size}", "voc", voc[0], tmp_path, unlabeled="all")
-    assert set(both.unlabeled) == voc[1]
+    every = make_split(f"pseudoseg:{size}", "voc", voc[0], tmp_path, unlabeled="all")
+    assert every.unlabeled == tuple(voc[0])  # the paper's few-label setting: all 10,582
     assert capsys.readouterr().out == ""
 
 
@@ -472,6 +472,12 @@ def test_unlabeled_pools():
     full = make_split("full", "folder", IDS[::-1], "data", extra_ids=extra)
     assert (full.labeled, full.unlabeled) == (tuple(IDS), (*IDS, "z_0", "z_1"))
     assert make_split("24", "folder", IDS, "data").unlabeled == ()
+
+
+def test_list_in_the_data_folder(tmp_path):
+    (tmp_path / "labeled.txt").write_text("\n".join(IDS[:3]))
+    split = make_split("labeled.txt", "folder", IDS[:3], tmp_path, extra_ids=IDS[3:])
+    assert (split.labeled, split.unlabeled) == (tuple(IDS[:3]), tuple(IDS[3:]))
 
 
 def test_identity():
