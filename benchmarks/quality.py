@@ -61,13 +61,16 @@ def collect(row: str, folder: Path) -> dict:
     args = json.loads((folder / "args.json").read_text())
     scores = [entry for entry in log if "val/miou" in entry]
     last, prefix = scores[-1], "val/iou/"
+    words = list(environment["command"])
+    for flag in ("--data-root", "--output-dir"):  # of that machine alone
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
     return {
         "row": row, "seed": args["seed"], "steps": last["step"],
         "last": last["val/miou"], "best": max(entry["val/miou"] for entry in scores),
         "iou": {k.removeprefix(prefix): v for k, v in last.items() if k.startswith(prefix)},
         "curve": [[entry["step"], entry["val/miou"]] for entry in scores],
-        "command": shlex.join(["python", Path(environment["command"][0]).name,
-                               *environment["command"][1:]]),
+        "command": shlex.join(["python", Path(words[0]).name, *words[1:]]),
         "split": args["split_identity"], "device": environment["device"],
         "threads": environment["threads"], "torch": environment["torch"],
         "commit": environment["commit"], "dirty": environment["dirty"],
