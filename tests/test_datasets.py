@@ -609,8 +609,10 @@ def test_folder(tmp_path):
 
 def test_folder_through_open_data(tmp_path):
     make_folder(tmp_path)
-    _, split = open_data("folder", str(tmp_path), "full")
+    _, split = open_data("folder", str(tmp_path), "labeled.txt")
     assert (split.labeled, split.unlabeled) == (("a", "b", "sub/c.d"), ("x", "y"))
+    _, split = open_data("folder", str(tmp_path), "full")
+    assert split.unlabeled == ("a", "b", "sub/c.d", "x", "y")
     _, split = open_data("folder", str(tmp_path), "2", unlabeled="all")
     assert len(split.labeled) == 2
     assert split.unlabeled == ("a", "b", "sub/c.d", "x", "y")
