@@ -37,6 +37,7 @@ from tqdm import tqdm
 from common import UserError
 from common.datasets import (
     IGNORE,
+    UNKNOWN,
     MicroBatches,
     Samples,
     StreamSampler,
@@ -72,8 +73,8 @@ class RunArgs:
     """torch.compile the networks"""
     deterministic: bool = False
     """deterministic algorithms on GPUs, where torch has them"""
-    num_workers: int = 2
-    """loader processes per stream and training process; 0 loads in the loop"""
+    num_workers: int | None = None
+    """loader processes per stream and training process; None: 2, or 0 (in the loop) on a CPU"""
     log_every: int = 50
     """steps between rows of the log"""
     eval_every: int | None = None
@@ -459,18 +460,18 @@ def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
 
 # === data (copied) ===
 def make_batches(
-    args, data, ids, stream, start, rank, world_size, device, partner=None, with_label=True
+    args, data, ids, stream, start, rank, world_size, device, partner=None, labels="all"
 ):
     """Endless micro-batches of weak views on the device, from step `start` on.
 
-    Yields (B, 3, H, W) normalized images and (B, H, W) int64 labels, 255 everywhere without
-    `with_label`. `partner` as in `MicroBatches`.
+    Yields (B, 3, H, W) normalized images and (B, H, W) int64 labels. `partner` as in
+    `MicroBatches`, `labels` as in `Samples`.
     """
     if not ids:
         raise UserError(f"--split {args.split}: there are no {stream} images")
     sampler = StreamSampler(len(ids), args.batch_size, args.seed, rank, world_size, start, stream)
     loader = DataLoader(
-        Samples(data, ids, WeakView(args.crop_size, data.scales), with_label),
+        Samples(data, ids, WeakView(args.crop_size, data.scales), labels),
         batch_sampler=MicroBatches(sampler, args.accumulate, partner),
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
@@ -524,6 +525,9 @@ def resolve(args):
         args = replace(args, **{name: str(value) if isinstance(value, Path) else value})
     if args.eval_every is None:
         args = replace(args, eval_every=max(1, args.steps // 10))
+    if args.num_workers is None:
+        on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
+        args = replace(args, num_workers=0 if on_cpu else 2)
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if isinstance(value, int) and not isinstance(value, bool):
@@ -918,9 +922,8 @@ def main(args: Args) -> dict:
     # === networks ===
     batches_l = make_batches(args, data, split.labeled, "labeled", *place)
     partner = {"other": "next", "same": "same"}[args.cutmix_partner] if args.cutmix else None
-    batches_u = make_batches(
-        args, data, split.unlabeled, "unlabeled", *place, partner, args.log_pseudo_accuracy
-    )
+    labels = "known" if args.log_pseudo_accuracy else "none"
+    batches_u = make_batches(args, data, split.unlabeled, "unlabeled", *place, partner, labels)
     images_per_step = 2 * args.batch_size
     network_1, ddp_1 = make_network(args, len(data.classes), "1", rank, world_size, device)
     network_2, ddp_2 = make_network(args, len(data.classes), "2", rank, world_size, device)
@@ -960,7 +963,8 @@ def main(args: Args) -> dict:
                 # U0, U1: each image and the next one of the global batch, or two crops of each.
                 # DIFFERS (cps.md 3): the paper's two images are the default, not the release's one.
                 n = len(image_l)
-                u0, u1 = slice(n), slice(1, None) if partner == "next" else slice(n, None)
+                shift = {"next": 1, "same": n}[partner]
+                u0, u1 = slice(n), [(i + shift) % len(image_u) for i in range(n)]
                 size, generator = args.crop_size, step_generator(args.seed, "boxes", step)
                 boxes = draw_boxes(
                     args.batch_size, size, size, generator, args.n_boxes, args.box_area
@@ -1003,7 +1007,7 @@ def main(args: Args) -> dict:
             logs["pseudo/agreement"] = (pseudo_1 == pseudo_2).float().mean()
             unlabeled = slice(-len(image_u), None)  # without CutMix labeled images stand before
             if args.log_pseudo_accuracy:
-                known = label_u != IGNORE
+                known = label_u < UNKNOWN
                 right = (pseudo_1[unlabeled] == label_u) & known
                 logs["pseudo/accuracy"] = right.sum() / known.sum().clamp(min=1)
             maps = [pseudo_1[unlabeled], pseudo_2[unlabeled], logits_1[unlabeled]]

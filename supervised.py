@@ -70,8 +70,8 @@ class RunArgs:
     """torch.compile the networks"""
     deterministic: bool = False
     """deterministic algorithms on GPUs, where torch has them"""
-    num_workers: int = 2
-    """loader processes per stream and training process; 0 loads in the loop"""
+    num_workers: int | None = None
+    """loader processes per stream and training process; None: 2, or 0 (in the loop) on a CPU"""
     log_every: int = 50
     """steps between rows of the log"""
     eval_every: int | None = None
@@ -321,18 +321,18 @@ def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
 
 # === data (copied) ===
 def make_batches(
-    args, data, ids, stream, start, rank, world_size, device, partner=None, with_label=True
+    args, data, ids, stream, start, rank, world_size, device, partner=None, labels="all"
 ):
     """Endless micro-batches of weak views on the device, from step `start` on.
 
-    Yields (B, 3, H, W) normalized images and (B, H, W) int64 labels, 255 everywhere without
-    `with_label`. `partner` as in `MicroBatches`.
+    Yields (B, 3, H, W) normalized images and (B, H, W) int64 labels. `partner` as in
+    `MicroBatches`, `labels` as in `Samples`.
     """
     if not ids:
         raise UserError(f"--split {args.split}: there are no {stream} images")
     sampler = StreamSampler(len(ids), args.batch_size, args.seed, rank, world_size, start, stream)
     loader = DataLoader(
-        Samples(data, ids, WeakView(args.crop_size, data.scales), with_label),
+        Samples(data, ids, WeakView(args.crop_size, data.scales), labels),
         batch_sampler=MicroBatches(sampler, args.accumulate, partner),
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
@@ -386,6 +386,9 @@ def resolve(args):
         args = replace(args, **{name: str(value) if isinstance(value, Path) else value})
     if args.eval_every is None:
         args = replace(args, eval_every=max(1, args.steps // 10))
+    if args.num_workers is None:
+        on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
+        args = replace(args, num_workers=0 if on_cpu else 2)
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if isinstance(value, int) and not isinstance(value, bool):

@@ -131,8 +131,8 @@ def loader(data_root: str, crop_size: int, seconds: float) -> dict:
     torch.set_num_threads(1)
     data = open_dataset("camvid", data_root)
     rates = {}
-    for kind, with_label in (("labeled", True), ("unlabeled", False)):
-        samples = Samples(data, data.train_ids, WeakView(crop_size, data.scales), with_label)
+    for kind, labels in (("labeled", "all"), ("unlabeled", "none")):
+        samples = Samples(data, data.train_ids, WeakView(crop_size, data.scales), labels)
         sampler = MicroBatches(StreamSampler(len(samples), 8, 0))
         batches = iter(torch.utils.data.DataLoader(samples, batch_sampler=sampler))
         for _ in range(5):
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet14")
     parser.add_argument("--crop-size", type=int, default=160)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--num-workers", type=int, default=2)
+    parser.add_argument("--num-workers", type=int, default=None)
     parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--blocks", type=int, default=8)

@@ -24,6 +24,7 @@ from common import UserError, synthetic
 from common.splits import Split, _locked, extract, fetch, make_split
 
 IGNORE = 255
+UNKNOWN = 254  # inside an unlabeled image, where 255 is left to the padding
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -619,8 +620,8 @@ class MicroBatches(Sampler):
     """Batch sampler: this process's share of each step in `accumulate` equal micro-batches.
 
     `partner` adds what a mixing method needs besides the share:
-        "next": one more pair, the image after the last one in the global batch, so that
-            ``batch[:-1]`` can be mixed with ``batch[1:]``
+        "next": one more pair, the image after the last one in the global batch, unless the share
+            is the global batch; image i is mixed with image ``(i + 1) % len(batch)``
         "same": the same images once more under other seeds (two crops of one photograph)
     """
 
@@ -636,7 +637,7 @@ class MicroBatches(Sampler):
         for batch in sampler.batches():
             for start in range(sampler.offset, sampler.offset + sampler.share, size):
                 pairs = batch[start : start + size]
-                if self.partner == "next":
+                if self.partner == "next" and size < len(batch):
                     pairs = [*pairs, batch[(start + size) % len(batch)]]
                 elif self.partner == "same":
                     pairs = pairs + [(index, seed ^ other) for index, seed in pairs]
@@ -644,18 +645,28 @@ class MicroBatches(Sampler):
 
 
 class Samples(Dataset):
-    """Maps (index, sample_seed) to a view of image `ids[index]`: a pure function of the pair."""
+    """Maps (index, sample_seed) to a view of image `ids[index]`: a pure function of the pair.
 
-    def __init__(self, data: SegmentationData, ids, view, with_label: bool = True):
-        self.data, self.ids, self.view, self.with_label = data, tuple(ids), view, with_label
+    `labels` is "all", or for unlabeled images:
+        "none": the label says only where the image is, UNKNOWN inside and 255 in the padding
+        "known": likewise, with class ids where a label lies there (for a diagnostic)
+    """
+
+    def __init__(self, data: SegmentationData, ids, view, labels: str = "all"):
+        self.data, self.ids, self.view, self.labels = data, tuple(ids), view, labels
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, pair: tuple[int, int]):
         index, sample_seed = pair
-        with_label = self.with_label and self.data.has_label(self.ids[index])
-        image, label = self.data.load(self.ids[index], with_label)
+        image_id = self.ids[index]
+        with_label = self.labels == "all" or (
+            self.labels == "known" and self.data.has_label(image_id)
+        )
+        image, label = self.data.load(image_id, with_label)
+        if self.labels != "all":
+            label[label == IGNORE] = UNKNOWN
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(sample_seed)
             return tuple(t.as_subclass(torch.Tensor) for t in self.view(image, label))

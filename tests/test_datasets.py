@@ -22,6 +22,7 @@ from common import UserError
 from common.datasets import (
     DATASETS,
     IGNORE,
+    UNKNOWN,
     VOC,
     CamVid,
     Cityscapes,
@@ -874,10 +875,12 @@ def test_micro_batches(accumulate, world_size):
         assert [pair for batch in micro for pair in batch] == share
         partners = list(itertools.islice(MicroBatches(sampler, accumulate, "next"), 3 * accumulate))
         for k, batch in enumerate(partners):
-            assert batch[:-1] == micro[k]
+            assert batch[:size] == micro[k]
+            assert len(batch) == (size if size == 12 else size + 1)
             whole = global_batch(9, 12, 0, "", 2 + k // accumulate)
             after = {pair: whole[(i + 1) % 12] for i, pair in enumerate(whole)}
-            assert batch[1:] == [after[pair] for pair in batch[:-1]]
+            mixed = [(batch[i], batch[(i + 1) % len(batch)]) for i in range(size)]
+            assert all(partner == after[pair] for pair, partner in mixed)
         crops = list(itertools.islice(MicroBatches(sampler, accumulate, "same"), 3 * accumulate))
         for k, batch in enumerate(crops):
             assert batch[:size] == micro[k] and len(batch) == 2 * size
@@ -940,20 +943,31 @@ def test_samples_use_their_own_seed_alone(samples):
 def test_samples_without_labels_read_no_mask(tmp_path):
     data = open_dataset("folder", make_folder(tmp_path))
     (tmp_path / "masks" / "b.png").write_text("no image")
-    unlabeled = Samples(data, ("a", "b", "x"), WeakView(6, (1.0,)), with_label=False)
+    unlabeled = Samples(data, ("a", "b", "x"), WeakView(6, (1.0,)), "none")
     assert len(unlabeled) == 3
     for index in range(3):
         image, mask = unlabeled[index, 0]
-        assert image.shape == (3, 6, 6) and mask.unique().tolist() == [IGNORE]
+        assert image.shape == (3, 6, 6) and mask.unique().tolist() == [UNKNOWN]
+
+
+@pytest.mark.parametrize("labels", ["none", "known"])
+def test_255_of_an_unlabeled_sample_is_its_padding(labels, tmp_path):
+    """Void is not padding, and what a diagnostic sees does not change what is padding."""
+    data = open_dataset("folder", make_folder(tmp_path))
+    size = 2 * max(SIZE)
+    mask = Samples(data, ("a",), WeakView(size, (1.0,)), labels)[0, 0][1]
+    inside = mask != IGNORE
+    assert inside.sum() == SIZE[0] * SIZE[1]
+    assert set(mask[inside].tolist()) == ({UNKNOWN} if labels == "none" else {0, 1, UNKNOWN})
 
 
 def test_samples_take_the_labels_that_are_there(tmp_path):
     """Unlabeled images may have a mask, which a diagnostic reads."""
     data = open_dataset("folder", make_folder(tmp_path))
     assert [data.has_label(image_id) for image_id in "abxy"] == [True, True, False, False]
-    some = Samples(data, ("a", "x"), WeakView(6, (1.0,)))
-    assert set(some[0, 0][1].unique().tolist()) == {0, 1, IGNORE}
-    assert some[1, 0][1].unique().tolist() == [IGNORE]
+    some = Samples(data, ("a", "x"), WeakView(6, (1.0,)), "known")
+    assert set(some[0, 0][1].unique().tolist()) == {0, 1, UNKNOWN}
+    assert some[1, 0][1].unique().tolist() == [UNKNOWN]
     assert open_dataset("shapes", tmp_path).has_label("00000")
 
 
