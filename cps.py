@@ -114,6 +114,8 @@ class RunArgs:
     """optimizer; poly schedule, power 0.9"""
     lr: float | None = None
     """learning rate at step 0; the number of processes never changes it"""
+    head_lr_mult: float = 1.0
+    """learning rate of everything but the encoder, as a multiple of the encoder's"""
     momentum: float | None = None
     """SGD's momentum, AdamW's beta_1"""
     weight_decay: float | None = None
@@ -487,10 +489,16 @@ def make_batches(
 # === optimizer (copied) ===
 def make_optimizer(networks, args, device) -> torch.optim.Optimizer:
     """One optimizer for all networks: without clipping the same as one for each."""
-    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    groups: dict[tuple[float, float], list] = {}
+    for network in networks:
+        for name, parameter in network.named_parameters():
+            lr_mult = 1.0 if name.startswith("backbone.") else args.head_lr_mult
+            weight_decay = args.weight_decay if parameter.ndim > 1 else 0.0  # not BN and biases
+            if parameter.requires_grad:
+                groups.setdefault((lr_mult, weight_decay), []).append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # BN and biases
+        {"params": parameters, "lr_mult": lr_mult, "weight_decay": weight_decay}
+        for (lr_mult, weight_decay), parameters in groups.items()
     ]
     fused = device.type in ("cpu", "cuda")
     if args.optimizer == "sgd":
@@ -636,6 +644,11 @@ def make_network(args, num_classes, name, rank, world_size, device):
     rank_0_first(
         lambda: load_backbone(network.backbone, args.backbone, args.weights), rank, world_size
     )
+    return prepare(network, args, world_size, device)
+
+
+def prepare(network, args, world_size, device):
+    """(module on its device, what to call for training), with SyncBN, compilation and DDP."""
     if world_size > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
@@ -950,7 +963,7 @@ def main(args: Args) -> dict:
         torch.manual_seed(stream_seed(args.seed, f"step/rank {rank}", step))
         lr = poly_lr(args.lr, step, args.steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
         terms = {}
         for micro in range(args.accumulate):
             for wrapper in ddps:  # gradients are averaged once, in the last micro-batch

@@ -4,6 +4,7 @@ A view draws from torch's default generator only, which `Samples` seeds for each
 uint8 until `normalize` runs on the training device.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -79,3 +80,68 @@ class WeakView(v2.Transform):
         # DIFFERS (supervised.md 4): the mean color in whole gray levels
         fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else list(MEAN_COLOR)
         return F.pad(out, margins, fill=fill) if any(margins) else out
+
+
+def rgb_to_hsv(image: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [0, 1] -> hue (in turns), saturation and value, likewise."""
+    red, green, blue = image.unbind(1)
+    value, low = image.amax(1), image.amin(1)
+    span = value - low
+    sixth = torch.where(
+        value == red, (green - blue) / span,
+        torch.where(value == green, (blue - red) / span + 2, (red - green) / span + 4),
+    )  # fmt: skip
+    hue = torch.where(span > 0, sixth / 6 % 1, 0)
+    return torch.stack([hue, torch.where(value > 0, span / value, 0), value], 1)
+
+
+def hsv_to_rgb(image: torch.Tensor) -> torch.Tensor:
+    """The inverse of `rgb_to_hsv`."""
+    hue, saturation, value = image[:, :, None].unbind(1)  # (B, 1, H, W) each
+    offset = torch.tensor([5, 3, 1], device=image.device).view(1, 3, 1, 1)
+    sixth = (offset + 6 * hue) % 6
+    return value - value * saturation * torch.minimum(sixth, 4 - sixth).clamp(0, 1)
+
+
+def color_jitter(
+    image: torch.Tensor,
+    brightness: torch.Tensor,
+    contrast: torch.Tensor,
+    saturation: torch.Tensor,
+    hue: torch.Tensor,
+    order: list[int],
+) -> torch.Tensor:
+    """Change the colors of a batch in [0, 1], each image by factors of its own, on its device.
+
+    Not torchvision's ColorJitter: as in kornia 0.3, which ClassMix and its descendants use,
+    brightness is added and contrast scales from black.
+
+    Args:
+        brightness, contrast, saturation: (B,), 1 changes nothing
+        hue: (B,), turns to add
+        order: permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue
+    """
+
+    def change_hsv(image, channel, change):
+        hsv = list(rgb_to_hsv(image).unbind(1))
+        hsv[channel] = change(hsv[channel])
+        return hsv_to_rgb(torch.stack(hsv, 1))
+
+    def per_image(factor, dims):
+        return factor.to(image).view(-1, *[1] * dims)
+
+    changes = [
+        lambda x: (x + per_image(brightness, 3) - 1).clamp(0, 1),
+        lambda x: (x * per_image(contrast, 3)).clamp(0, 1),
+        lambda x: change_hsv(x, 1, lambda s: (s * per_image(saturation, 2)).clamp(0, 1)),
+        lambda x: change_hsv(x, 0, lambda h: (h + per_image(hue, 2)) % 1),
+    ]
+    for number in order:
+        image = changes[number](image)
+    return image
+
+
+def gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Blur (B, 3, H, W) with kernels of a tenth of each side, made odd by taking one away."""
+    lengths = (math.ceil(0.1 * side) for side in (image.shape[3], image.shape[2]))
+    return F.gaussian_blur(image, [length - 1 + length % 2 for length in lengths], [sigma, sigma])
