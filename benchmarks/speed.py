@@ -3,8 +3,8 @@
     python benchmarks/speed.py                                   # CPU, resnet14, shapes-size crops
     python benchmarks/speed.py --device cuda --backbone resnet50 --crop-size 512 --amp bf16
 
-The floor of a script is its forwards, cross-entropies, backward and optimizer step on tensors that
-are already in memory. Blocks of the script's own loop (`main`, with its loading, logging and
+The floor of a script is its forwards, losses, backward, optimizer step and EMA on tensors that are
+already in memory. Blocks of the script's own loop (`main`, with its loading, logging and
 checks) and blocks of the floor alternate in one process; the ratio of the medians is the overhead.
 """
 
@@ -25,21 +25,108 @@ sys.path.insert(0, str(ROOT))
 BLOCK, SKIPPED = 12, 3  # steps per block, and those at its start that a full prefetch queue helps
 
 
-def supervised_floor(script, nets, image, label):
-    return script.cross_entropy(nets[0](image[0]), label[0])
+class Floor:
+    """What floors are built from: a script's own networks, losses and optimizer."""
+
+    def __init__(self, script, args, classes: int, device):
+        self.script, self.args, self.classes, self.device = script, args, classes, device
+        self.autocast, self.scaler = script.make_autocast(args, device)
+        self.names = iter("123456789")
+
+    def network(self):
+        name = next(self.names)
+        return self.script.make_network(self.args, self.classes, name, 0, 1, self.device)[0]
+
+    def optimizer(self, *networks):
+        return self.script.make_optimizer(networks, self.args, self.device)
+
+    def image(self):
+        size = (self.args.batch_size, 3, self.args.crop_size, self.args.crop_size)
+        image = torch.randn(size, device=self.device)
+        return image.contiguous(memory_format=torch.channels_last)
+
+    def label(self):
+        size = (self.args.batch_size, self.args.crop_size, self.args.crop_size)
+        return torch.randint(self.classes, size, device=self.device)
+
+    def update(self, loss, optimizer) -> None:
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
 
 
-def cps_floor(script, nets, image, label):
-    with torch.no_grad():
-        target_1, target_2 = ((net(image[1]).argmax(1), net(image[2]).argmax(1)) for net in nets)
-    mixed = [net(image[3]) for net in nets]
-    loss = sum(script.cross_entropy(net(image[0]), label[0]) for net in nets)
-    loss = loss + script.cross_entropy(mixed[0], target_2[0])
-    return loss + script.cross_entropy(mixed[1], target_1[0])
+# A floor gets a `Floor` and returns its step: forwards, losses, backward, optimizer and EMA on
+# tensors that are already in memory.
+def supervised_floor(f: Floor):
+    net, image, label = f.network(), f.image(), f.label()
+    optimizer = f.optimizer(net)
+
+    def step():
+        with f.autocast:
+            logits = net(image)
+        f.update(f.script.cross_entropy(logits, label), optimizer)
+
+    return step
 
 
-# script: (floor, networks, images of a step, as multiples of the batch size)
-FLOORS = {"supervised": (supervised_floor, 1, 1), "cps": (cps_floor, 2, 4)}
+def cps_floor(f: Floor):
+    nets = [f.network(), f.network()]
+    optimizer = f.optimizer(*nets)
+    labeled, u0, u1, mixed, label = f.image(), f.image(), f.image(), f.image(), f.label()
+
+    def step():
+        with torch.no_grad(), f.autocast:
+            target_1, target_2 = ((net(u0).argmax(1), net(u1).argmax(1))[0] for net in nets)
+        with f.autocast:
+            logits_1, logits_2 = (net(mixed) for net in nets)
+            labeled_1, labeled_2 = (net(labeled) for net in nets)
+        loss = f.script.cross_entropy(labeled_1, label) + f.script.cross_entropy(labeled_2, label)
+        loss = loss + f.script.cross_entropy(logits_1, target_2)
+        f.update(loss + f.script.cross_entropy(logits_2, target_1), optimizer)
+
+    return step
+
+
+def teacher_floor(f: Floor, teacher_forwards: int, loss):
+    """Student on labeled and unlabeled images, teacher without gradient, EMA of the parameters."""
+    student = f.network()
+    teacher = f.script.make_teacher(student, f.args)
+    optimizer = f.optimizer(student)
+    labeled, unlabeled, label = f.image(), f.image(), f.label()
+
+    def step():
+        with torch.no_grad(), f.autocast:
+            for _ in range(teacher_forwards):
+                target = teacher(unlabeled)
+        with f.autocast:
+            logits_l, logits_u = student(labeled), student(unlabeled)
+        total = f.script.cross_entropy(logits_l, label) + loss(logits_u, target)
+        f.update(total, optimizer)
+        f.script.update_teacher(teacher, student, 0.99)
+
+    return step
+
+
+def mean_teacher_floor(f: Floor):
+    return teacher_floor(f, 2, f.script.consistency_loss)
+
+
+def cutmix_mt_floor(f: Floor):
+    return teacher_floor(f, 2, lambda logits, t: f.script.consistency_loss(logits, t.softmax(1)))
+
+
+def classmix_floor(f: Floor):
+    return teacher_floor(f, 1, lambda logits, t: f.script.cross_entropy(logits, t.argmax(1)))
+
+
+FLOORS = {
+    "supervised": supervised_floor,
+    "cps": cps_floor,
+    "mean_teacher": mean_teacher_floor,
+    "cutmix_mt": cutmix_mt_floor,
+    "classmix": classmix_floor,
+}
 
 
 def synchronize(device):
@@ -50,7 +137,6 @@ def synchronize(device):
 def measure(name: str, flags, blocks: int) -> dict:
     """Medians of a script's step and of its floor, in seconds, measured by turns."""
     script = importlib.import_module(name)
-    floor, count, batches = FLOORS[name]
     device = torch.device(flags.device)
     with tempfile.TemporaryDirectory() as folder:
         args = script.Args(
@@ -60,32 +146,12 @@ def measure(name: str, flags, blocks: int) -> dict:
             split=flags.split, steps=blocks * BLOCK + 1, log_every=BLOCK, eval_every=10**9,
             save_every=10**9, output_dir=folder,
         )  # fmt: skip
-        resolved = script.resolve(args)
-        autocast, scaler = script.make_autocast(resolved, device)
-        nets = [
-            script.make_network(resolved, flags.classes, str(i), 0, 1, device)[0]
-            for i in range(count)
-        ]
-        optimizer = script.make_optimizer(nets, resolved, device)
-        size = (flags.batch_size, 3, flags.crop_size, flags.crop_size)
-        image = [
-            torch.randn(size, device=device).contiguous(memory_format=torch.channels_last)
-            for _ in range(batches)
-        ]
-        label = [
-            torch.randint(flags.classes, (size[0], *size[2:]), device=device)
-            for _ in range(batches)
-        ]
+        step_of_floor = FLOORS[name](Floor(script, script.resolve(args), flags.classes, device))
 
         def floor_step() -> float:
             synchronize(device)
             begin = time.perf_counter()
-            with autocast:
-                loss = floor(script, nets, image, label)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            step_of_floor()
             synchronize(device)
             return time.perf_counter() - begin
 

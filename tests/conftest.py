@@ -1,18 +1,21 @@
 """Fixtures: the authors' numbers, quick runs on the shapes data set, and an HTTP server."""
 
 import http.server
+import importlib
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from same_sections import existing
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+SCRIPTS = {name: importlib.import_module(name) for name in existing()}
 
 torch.set_num_threads(1)  # small tensors, and busy machines
 
@@ -70,6 +73,12 @@ def quick(tmp_path):
         return replace(args, **flags)
 
     return make
+
+
+def active(script) -> dict[str, float]:
+    """Flags that give every term of a script its full weight from the first step on."""
+    at_once = ("cps_start", "cps_full", "ramp_up")
+    return {field.name: 0.0 for field in fields(script.Args) if field.name in at_once}
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,13 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from conftest import SCRIPTS
 from PIL import Image
 
 import cps
 import predict
 import supervised
 
-SCRIPTS = {"supervised": supervised, "cps": cps}
 QUICK = (
     "--dataset shapes --device cpu --num-workers 0 --batch-size 4 --crop-size 32 --steps 2 "
     "--log-every 1 --split 8"
@@ -219,7 +219,7 @@ def test_importing_a_script_has_no_side_effect(tmp_path):
     from conftest import ROOT
 
     program = (
-        "import signal, torch; state = torch.get_rng_state(); import cps, supervised; "
+        f"import signal, torch; state = torch.get_rng_state(); import {', '.join(SCRIPTS)}; "
         "assert torch.equal(state, torch.get_rng_state()); "
         "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL; "
         "import sys; assert 'tyro' not in sys.modules and 'tensorboard' not in sys.modules"

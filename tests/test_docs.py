@@ -4,11 +4,9 @@ import re
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
-import cps
 import predict
-import supervised
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_FLAGS = {
@@ -22,7 +20,7 @@ def test_flags_and_links(page):
     text = page.read_text()
     known = {
         f"--{field.name.replace('_', '-')}"
-        for script in (supervised, cps, predict)
+        for script in (*SCRIPTS.values(), predict)
         for field in fields(script.Args)
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= known | OTHER_FLAGS
@@ -30,7 +28,7 @@ def test_flags_and_links(page):
         assert (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("script", ["supervised", "cps"])
+@pytest.mark.parametrize("script", list(SCRIPTS))
 def test_every_logged_key_is_documented(script):
     keys = set(
         re.findall(r'"((?:loss|pseudo|val|time)/[a-z_]+)', (ROOT / f"{script}.py").read_text())
@@ -39,9 +37,9 @@ def test_every_logged_key_is_documented(script):
     assert keys and all(f"`{key}" in pages for key in keys), keys
 
 
-@pytest.mark.parametrize("script", ["supervised", "cps"])
+@pytest.mark.parametrize("script", list(SCRIPTS))
 def test_every_method_flag_is_documented(script):
-    module = {"supervised": supervised, "cps": cps}[script]
+    module = SCRIPTS[script]
     page = (ROOT / f"docs/{script}.md").read_text()
     own = {field.name for field in fields(module.Args)} - {f.name for f in fields(module.RunArgs)}
     for name in own:

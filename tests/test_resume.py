@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same, read_log, weights
+from conftest import SCRIPTS, assert_same, read_log, weights
 from torch import nn
 
 import cps
 import supervised
 
-SCRIPTS = {"supervised": supervised, "cps": cps}
 CONTEXT = multiprocessing.get_context("forkserver")  # imports the scripts once, then forks
-CONTEXT.set_forkserver_preload(["supervised", "cps", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard"])
 
 
 class WithDropout(supervised.DeepLabV3Plus):
