@@ -44,20 +44,59 @@ def golden_files(pattern: str) -> list[Path]:
 
 
 class TinyNet(nn.Module):
-    """The network of the step goldens, in DeepLabV3Plus's place."""
+    """The network of the step goldens, in DeepLabV3Plus's place; `state` as they name it."""
 
-    def __init__(self, num_classes: int, backbone: str = ""):
+    def __init__(self, state: dict[str, torch.Tensor]):
         super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(6)
-        self.cls = nn.Conv2d(6, num_classes, 1)
-        self.double()
+        state = {k.replace("conv1.", "conv.").replace("bn1.", "bn."): v for k, v in state.items()}
+        width, classes = len(state["conv.weight"]), len(state["cls.bias"])
+        self.conv = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.cls = nn.Conv2d(width, classes, 1)
+        self.double().train()
+        self.load_state_dict(state, strict=False)  # some goldens leave BatchNorm's counter out
+
+    def assert_like(self, state: dict[str, torch.Tensor], expected: dict, **tolerance) -> None:
+        """Compare a state of this network with what the goldens say."""
+        for key, value in TinyNet(expected).state_dict().items():
+            if not key.endswith("num_batches_tracked"):
+                torch.testing.assert_close(state[key], value, **tolerance)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         logits = self.cls(self.bn(self.conv(image)).relu())
         return nn.functional.interpolate(
             logits, image.shape[2:], mode="bilinear", align_corners=True
         )
+
+
+class RecordedError(Exception):
+    """Ends a run after the golden steps."""
+
+
+def record_steps(script, args, monkeypatch, student, teacher, streams):
+    """Run `main` on given networks and batches, stream name -> list of (image, label).
+
+    Returns the state dicts of (student, teacher) after each step, and the logged rows.
+    """
+    states, rows = [], []
+
+    def batches(args, data, ids, stream, *_):
+        for number, batch in enumerate([*streams[stream], None]):
+            if stream == "labeled" and number:  # the step before is complete
+                states.append(
+                    [{k: v.clone() for k, v in n.state_dict().items()} for n in (student, teacher)]
+                )
+            if batch is None:
+                raise RecordedError
+            yield batch
+
+    monkeypatch.setattr(script, "make_network", lambda *_: (student, student))
+    monkeypatch.setattr(script, "make_teacher", lambda *_: teacher)
+    monkeypatch.setattr(script, "make_batches", batches)
+    monkeypatch.setattr(script.Run, "log", lambda self, step, row: rows.append(row))
+    with pytest.raises(RecordedError):
+        script.main(args)
+    return states, rows
 
 
 @pytest.fixture
@@ -115,6 +154,33 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     different = [key for key in a if not torch.equal(a[key], b[key])]
     assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:3]}"
+
+
+def assert_unlabeled_labels_are_not_read(script, quick, monkeypatch):
+    """Other labels on the unlabeled images change nothing but the diagnostic."""
+    flags = {"log_pseudo_accuracy": True} | active(script)
+    first = script.main(quick(script.Args, exp_name="a", **flags))
+    from torchvision.tv_tensors import wrap
+
+    from common.datasets import Shapes
+
+    load, open_data, labeled = Shapes.load, script.open_data, set()
+
+    def remember(*args):
+        data, split = open_data(*args)
+        labeled.update(split.labeled, data.val_ids)
+        return data, split
+
+    def load_wrong(self, image_id, with_label=True):
+        image, label = load(self, image_id, with_label)
+        return image, label if image_id in labeled else wrap(label * 0 + 3, like=label)
+
+    monkeypatch.setattr(script, "open_data", remember)
+    monkeypatch.setattr(Shapes, "load", load_wrong)
+    second = script.main(quick(script.Args, exp_name="b", **flags))
+    assert_same(weights(first["run_dir"]), weights(second["run_dir"]))
+    accuracy = [read_log(run["run_dir"])[-1]["pseudo/accuracy"] for run in (first, second)]
+    assert accuracy[0] != accuracy[1]
 
 
 class Server(http.server.ThreadingHTTPServer):
