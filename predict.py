@@ -35,6 +35,8 @@ class Args:
     """folder for <name>.png (class ids), <name>_color.png and <name>_overlay.png"""
     evaluate: bool = False
     """score the checkpoint on its data set's validation images"""
+    network: str | None = None
+    """another network of last.pt, such as teacher; None: the one the run evaluates"""
     data_root: Path | None = None
     """folder of the data set; None: the one the run used"""
     scales: tuple[float, ...] = (1.0,)
@@ -45,20 +47,30 @@ class Args:
     """auto: cuda, else mps, else cpu"""
 
 
-def load(path: Path, device: torch.device):
-    """(network in eval mode, metadata) of a checkpoint."""
+def load(path: Path, device: torch.device, name: str | None = None):
+    """(network in eval mode, metadata) of a checkpoint; `name` picks one of several networks."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        meta, state = checkpoint["meta"], checkpoint[checkpoint["evaluated"]]
+        meta = checkpoint["meta"]
         network = DeepLabV3Plus(len(meta["classes"]), meta["args"]["backbone"])
-        network.load_state_dict(state)
+        names = [
+            key for key, value in checkpoint.items()
+            if isinstance(value, dict) and value.keys() == network.state_dict().keys()
+        ]  # fmt: skip
+        name = name or checkpoint["evaluated"]
+        if name not in names:
+            raise UserError(f"--network {name}: {path} holds {', '.join(names)}")
+        network.load_state_dict(checkpoint[name])
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a file that is something else
         raise UserError(
             f"{path}: not a checkpoint of these scripts ({type(error).__name__}: {error})"
         ) from None
-    return network.eval().to(device, memory_format=torch.channels_last), meta
+    network = network.eval().to(device, memory_format=torch.channels_last)
+    return network, meta | {"network": name}
 
 
 def files_of(paths: tuple[Path, ...]) -> list[Path]:
@@ -114,7 +126,7 @@ def evaluate(args, network, meta, protocol, device) -> float:
     miou = mean_iou(confusion)
     print(
         f"{'mIoU':16} {100 * miou:6.2f}   {run['dataset']} val, {len(data.val_ids)} images; "
-        f"{args.checkpoint.name}, {run['backbone']}, {protocol}"
+        f"{args.checkpoint.name} ({meta['network']}), {run['backbone']}, {protocol}"
     )
     return miou
 
@@ -131,7 +143,7 @@ def main(args: Args) -> float | None:
     if not kinds[kind]:
         raise UserError(f"--device {kind}: this machine or this torch build has none; use cpu")
     device = torch.device(kind)
-    network, meta = load(args.checkpoint, device)
+    network, meta = load(args.checkpoint, device, args.network)
     crop = meta["args"]["crop_size"]
     protocol = Protocol(pad_to=crop, window=crop if meta["sliding"] else None)
     protocol = replace(protocol, scales=args.scales, flip=args.flip)

@@ -20,7 +20,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SCRIPTS = ["cps"]
+SCRIPTS = [
+    name
+    for name in "cps mean_teacher cutmix_mt classmix cct gct ael cmb dcc".split()
+    if (ROOT / f"{name}.py").exists()
+]
 # data set: (labeled split, name of the split in the table)
 SPLITS = {"shapes": ("20", "20 of 1,024 labels"), "camvid": ("1/8", "1/8 (46 of 367 labels)")}
 

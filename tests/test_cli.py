@@ -196,6 +196,10 @@ def test_own_data_from_training_to_prediction(monkeypatch, capsys, tmp_path):
     mask = Image.open(out_dir / "img0.png")
     assert mask.mode == "L" and mask.size == (48, 40) and np.asarray(mask).max() <= 1
     assert Image.open(out_dir / "img0_overlay.png").mode == "RGB"
+    code, other, _ = call(predict, monkeypatch, capsys, *flags, "--network", "network_2")
+    assert code == 0 and "last.pt (network_2)" in other and "last.pt (network_1)" in out
+    code, _, err = call(predict, monkeypatch, capsys, *flags, "--network", "teacher")
+    assert code == 2 and "--network teacher" in err and "holds network_1, network_2" in err
     flags += ["--scales", 0.5, 1, "--flip"]
     code, out, _ = call(predict, monkeypatch, capsys, *flags)
     assert code == 0 and "scales 0.5, 1, flip" in out
