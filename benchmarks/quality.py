@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py shapes                   # print the commands (a dry run)
     python benchmarks/quality.py shapes --workers 1       # run them, one at a time; resumable
+    python benchmarks/quality.py shapes --rows cps --workers 1 --log-pseudo-accuracy
     python benchmarks/quality.py shapes --table           # results/shapes.jsonl -> README.md
 
 A run that is complete is not repeated, a killed one continues. Seeds are paired: seed s of every
@@ -29,14 +30,14 @@ SCRIPTS = [
 SPLITS = {"shapes": ("20", "20 of 1,024 labels"), "camvid": ("1/8", "1/8 (46 of 367 labels)")}
 
 
-def experiments(dataset: str, seeds: int) -> list[dict]:
-    """Rows of the table, framed by labels-only and all-labels, times seeds."""
+def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
+    """Rows of the table (or those named), framed by labels-only and all-labels, times seeds."""
     split = SPLITS[dataset][0]
     rows = [("labels only", "supervised", split), *((name, name, split) for name in SCRIPTS)]
     rows.append(("all labels", "supervised", "full"))
     found = []
     for row, script, which in rows:
-        for seed in range(seeds):
+        for seed in range(seeds if not only or row in only else 0):
             flags = ["--dataset", dataset, "--split", which, "--seed", str(seed)]
             flags += ["--split-seed", str(seed)] if which != "full" else []
             found.append({"row": row, "script": script, "seed": seed, "flags": flags})
@@ -81,9 +82,31 @@ def collect(row: str, folder: Path) -> dict:
     }  # fmt: skip
 
 
+def read(dataset: str) -> list[dict]:
+    """The results so far, in the order of the table."""
+    path = RESULTS / f"{dataset}.jsonl"
+    rows = [json.loads(s) for s in path.read_text().splitlines()] if path.exists() else []
+    return sorted(rows, key=place)
+
+
+def place(row: dict) -> tuple[int, int]:
+    """Of a result in the table."""
+    return ["labels only", *SCRIPTS, "all labels"].index(row["row"]), row["seed"]
+
+
+def add(dataset: str, new: list[dict]) -> None:
+    """Write results, in the place of earlier ones of the same row and seed."""
+    done = {(row["row"], row["seed"]) for row in new}
+    rows = [row for row in read(dataset) if (row["row"], row["seed"]) not in done] + new
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{dataset}.jsonl"
+    rows.sort(key=place)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def table(dataset: str) -> str:
     """Markdown: mean and standard deviation of the last mIoU, gain over labels-only, curve."""
-    rows = [json.loads(s) for s in (RESULTS / f"{dataset}.jsonl").read_text().splitlines()]
+    rows = read(dataset)
     names = list(dict.fromkeys(row["row"] for row in rows))
     last = {n: {r["seed"]: 100 * r["last"] for r in rows if r["row"] == n} for n in names}
     steps = [step for step, _ in rows[0]["curve"]]
@@ -104,11 +127,12 @@ def table(dataset: str) -> str:
         lines.append(f"| {name} | {mean} | {gain} | {each} | {' | '.join(curve)} |")
     origin = rows[0]
     seeds = len(last[names[0]])
+    commits = ", ".join(dict.fromkeys(row["commit"][:8] for row in rows))
     lines.append("")
     lines.append(
         f"{seeds} seed{'s' * (seeds > 1)} (± standard deviation), {origin['steps']} steps, "
         f"{origin['device']}, torch {origin['torch']}, "
-        f"commit {origin['commit'][:8]}; commands and curves in "
+        f"commit{'s' * (',' in commits)} {commits}; commands and curves in "
         f"[benchmarks/results/{dataset}.jsonl](benchmarks/results/{dataset}.jsonl)."
     )
     return "\n".join(lines)
@@ -128,19 +152,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0 prints only")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="per run")
+    parser.add_argument("--rows", nargs="+", default=[], help="of the table; all without")
     parser.add_argument("--table", action="store_true", help="write the table into README.md")
     flags, extra = parser.parse_known_args()  # the rest goes to the scripts
-    todo = experiments(flags.dataset, flags.seeds)
+    todo = experiments(flags.dataset, flags.seeds, flags.rows)
     if flags.table:
         write_table(flags.dataset)
     elif not flags.workers:
         print("\n".join(shlex.join(["python", *command(e, extra)[1:]]) for e in todo))
     else:
         with ThreadPoolExecutor(flags.workers) as pool:
-            rows = list(pool.map(lambda e: run(e, extra, flags.threads), todo))
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{flags.dataset}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            add(flags.dataset, list(pool.map(lambda e: run(e, extra, flags.threads), todo)))
         print(table(flags.dataset))
 
 

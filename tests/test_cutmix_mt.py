@@ -199,8 +199,8 @@ def test_main_takes_the_authors_steps(path, quick, monkeypatch):
 
     monkeypatch.setattr(cutmix_mt, "make_optimizer", adam)
     args = quick(
-        Args, batch_size=len(label), log_every=1, lr=lr, ramp_up=0.0, ema_decay=0.99, eval_every=10**6,
-        confidence_threshold=float(golden["full_conf_thresh"]),
+        Args, batch_size=len(label), log_every=1, lr=lr, ramp_up=0.0, ema_decay=0.99,
+        eval_every=10**6, confidence_threshold=float(golden["full_conf_thresh"]),
     )  # fmt: skip
     states, rows = record_steps(cutmix_mt, args, monkeypatch, student, teacher, streams)
     for t in range(2):
