@@ -49,7 +49,7 @@ def run(world_size: int, name: str, args, frozen: bool = False) -> Path:
     return folder
 
 
-def exit_codes(world_size: int, name: str, args, frozen: bool = False) -> list[int]:
+def start_processes(world_size: int, name: str, args, frozen: bool = False) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,6 +60,11 @@ def exit_codes(world_size: int, name: str, args, frozen: bool = False) -> list[i
     ]
     for one in processes:
         one.start()
+    return processes
+
+
+def exit_codes(world_size: int, name: str, args, frozen: bool = False) -> list[int]:
+    processes = start_processes(world_size, name, args, frozen)
     for one in processes:
         one.join(180)
     return [one.exitcode for one in processes]

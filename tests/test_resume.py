@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ class WithDropout(supervised.DeepLabV3Plus):
         self.head.fuse.append(nn.Dropout(0.3))
 
 
-def run(name: str, args, dropout: bool = False) -> None:
+def run(name: str, args, dropout: bool = False, command_line: bool = False) -> None:
     """In a process of its own, and a group, so that `end` finds its loader processes."""
     os.setpgid(0, 0)
     torch.set_num_threads(1)
@@ -38,7 +40,12 @@ def run(name: str, args, dropout: bool = False) -> None:
     script = SCRIPTS[name]
     if dropout:
         script.DeepLabV3Plus = WithDropout
-    script.main(args)
+    if command_line:  # mistakes become a line (in a file) and an exit code
+        os.dup2(os.open(Path(args.output_dir).parent / "stderr.txt", os.O_CREAT | os.O_WRONLY), 2)
+        sys.modules["tyro"] = SimpleNamespace(cli=lambda _: args)
+        script.command_line()
+    else:
+        script.main(args)
 
 
 def start(*args) -> multiprocessing.Process:
