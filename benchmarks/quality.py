@@ -26,19 +26,23 @@ SCRIPTS = [
     for name in "cps mean_teacher cutmix_mt classmix cct gct ael cmb dcc".split()
     if (ROOT / f"{name}.py").exists()
 ]
-# data set: (labeled split, name of the split in the table)
-SPLITS = {"shapes": ("20", "20 of 1,024 labels"), "camvid": ("1/8", "1/8 (46 of 367 labels)")}
+# data set: (labeled split, name of the split in the table, steps)
+SPLITS = {
+    "shapes": ("20", "20 of 1,024 labels", 1_000),
+    "camvid": ("1/8", "1/8 (46 of 367 labels)", 500),
+}
 
 
 def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
     """Rows of the table (or those named), framed by labels-only and all-labels, times seeds."""
-    split = SPLITS[dataset][0]
+    split, _, steps = SPLITS[dataset]
     rows = [("labels only", "supervised", split), *((name, name, split) for name in SCRIPTS)]
     rows.append(("all labels", "supervised", "full"))
     found = []
     for row, script, which in rows:
         for seed in range(seeds if not only or row in only else 0):
             flags = ["--dataset", dataset, "--split", which, "--seed", str(seed)]
+            flags += ["--steps", str(steps)]
             flags += ["--split-seed", str(seed)] if which != "full" else []
             found.append({"row": row, "script": script, "seed": seed, "flags": flags})
     return found

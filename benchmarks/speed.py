@@ -228,10 +228,6 @@ def main() -> None:
     parser.add_argument("--loader", action="store_true", help="measure the CamVid loader instead")
     parser.add_argument("--out", default=None, help="append the rows to this .jsonl file")
     flags = parser.parse_args()
-    if flags.loader:
-        rows = [loader(flags.data_root, 320, 10)]
-    else:
-        rows = [measure(name, flags, flags.blocks) for name in flags.scripts]
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
@@ -240,7 +236,9 @@ def main() -> None:
     machine = f"{len(names)} cores of {names[0].split(': ')[1]}" if names else "cpu"
     machine = torch.cuda.get_device_name() if flags.device == "cuda" else machine
     about = {"flags": vars(flags), "machine": machine, "torch": torch.__version__}
-    for row in rows:
+    for name in ["loader"] if flags.loader else flags.scripts:
+        loading = name == "loader"
+        row = loader(flags.data_root, 320, 10) if loading else measure(name, flags, flags.blocks)
         row |= about | {"commit": commit.stdout.strip()}
         print(json.dumps(row))
         if flags.out:
