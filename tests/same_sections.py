@@ -3,6 +3,7 @@
     python tests/same_sections.py                             # check: exit code 1 if copies differ
     python tests/same_sections.py --from supervised.py --write    # copy its sections to the others
     python tests/same_sections.py --report                    # sizes, and changed lines per pair
+    python tests/same_sections.py --readme                    # the same, into the README
 
 A section runs from its banner ``# === name ===`` to the next banner, to a top-level ``def main`` or
 to the end of the indented block it stands in. One whose banner ends in ``(copied)`` is the same
@@ -151,16 +152,40 @@ def report() -> None:
         print(row)
 
 
+BEGIN, END = "<!-- reading order -->", "<!-- end of reading order -->"
+
+
+def reading_order() -> str:
+    """Markdown: what to read after what, and how much is new there."""
+    lines = ["| read | lines | new or changed | |", "|---|---|---|---|"]
+    for name in existing():
+        count = len((ROOT / f"{name}.py").read_text().splitlines())
+        before = SCRIPTS[name]
+        changed = f"{changed_lines(before, name)[0]} lines" if before else ""
+        command = f"`diff {before}.py {name}.py`" if before else ""
+        lines.append(f"| `{name}.py` | {count:,} | {changed} | {command} |")
+    return "\n".join(lines)
+
+
+def readme() -> None:
+    path = ROOT / "README.md"
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{reading_order()}\n{END}{rest.split(END)[1]}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="source", default="supervised.py")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--readme", action="store_true")
     flags = parser.parse_args()
     if flags.write:
         write(flags.source.removesuffix(".py"))
     if flags.report:
         report()
+    if flags.readme:
+        readme()
     found = problems()
     print("\n\n".join(found) or "copied sections are the same in every script")
     sys.exit(bool(found))

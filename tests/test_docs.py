@@ -11,7 +11,7 @@ import predict
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_FLAGS = {
     "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--logdir", "--help",
-    "--from", "--write", "--report", "--check", "--no-cutmix",
+    "--from", "--write", "--report", "--readme", "--check", "--no-cutmix",
 }  # fmt: skip
 
 
@@ -64,3 +64,10 @@ def test_every_marked_difference_is_numbered_on_its_page():
         assert re.search(rf"^{number}\. ", (ROOT / "docs" / page).read_text(), re.M), (page, number)
     for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py")]:
         assert not re.search(r"DIFFERS(?! \(\w+\.md \d+\):)", path.read_text()), path
+
+
+def test_reading_order_is_that_of_the_scripts():
+    import same_sections
+
+    table = same_sections.reading_order()
+    assert table in (ROOT / "README.md").read_text(), "python tests/same_sections.py --readme"
