@@ -32,7 +32,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import Bottleneck, ResNet
 from tqdm import tqdm
@@ -593,14 +592,29 @@ def decoder_loss(logits: torch.Tensor, target_prob: torch.Tensor, kind: str) -> 
     return consistency_loss(upsample(logits, target_prob.shape[2:]), target_prob, kind)
 
 
-def decoder_losses(aux_logits: torch.Tensor, target_prob: torch.Tensor, kind: str) -> torch.Tensor:
+class DecoderLosses(torch.autograd.Function):
     """Each decoder's loss, (K,), from logits (K, B, C, h, w).
 
-    Computed again in the backward pass, so that one decoder at a time is in memory at full size.
+    The gradient is taken in the forward pass, decoder by decoder, so that the memory at full size
+    is that of one decoder whatever their number.
     """
-    again = {"use_reentrant": False, "preserve_rng_state": False}
-    losses = [recompute(decoder_loss, each, target_prob, kind, **again) for each in aux_logits]
-    return torch.stack(losses)
+
+    @staticmethod
+    def forward(ctx, aux_logits, target_prob, kind):
+        losses, gradients = [], []
+        for logits in aux_logits:
+            with torch.enable_grad():
+                logits = logits.detach().requires_grad_()
+                loss = decoder_loss(logits, target_prob, kind)
+            losses.append(loss.detach())
+            gradients += torch.autograd.grad(loss, logits)
+        ctx.save_for_backward(torch.stack(gradients))
+        return torch.stack(losses)
+
+    @staticmethod
+    def backward(ctx, grad_losses):
+        (gradients,) = ctx.saved_tensors
+        return gradients * grad_losses.view(-1, 1, 1, 1, 1), None, None
 
 
 # === losses (copied) ===
@@ -1297,7 +1311,7 @@ def main(args: Args) -> dict:
             else:
                 loss_sup = supervised_loss(logits_l, label_l, args.supervised_loss)
             prob = logits_u.softmax(1)  # a constant; padding counts, as released
-            losses = decoder_losses(aux_logits, prob, args.consistency)
+            losses = DecoderLosses.apply(aux_logits, prob, args.consistency)
             loss_cons = losses.mean()
             weight = args.lambda_u * ramp_up(step, args.ramp_up * args.steps)
             loss = loss_sup + weight * loss_cons
