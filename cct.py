@@ -578,7 +578,7 @@ class CrossConsistency(nn.Module):
         if draws is None:
             return upsample(self.network.classifier(features), image.shape[2:])
         # The main decoder learns from labeled images alone, and always from clean features.
-        logits = upsample(self.network.classifier(features.detach()), image.shape[2:]).detach()
+        logits = upsample(self.network.classifier(features), image.shape[2:]).detach()
         return logits, *self.aux_decoders(features, logits, draws)
 
 

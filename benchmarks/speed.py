@@ -136,7 +136,7 @@ def cct_floor(f: Floor):
             main_logits = net.classifier(features.detach())
             aux_logits = aux_decoders.conv(features).unflatten(1, shape).transpose(0, 1)
         prob = f.script.upsample(main_logits, unlabeled.shape[2:]).detach().softmax(1)
-        aux_logits = f.script.full_precision(aux_logits)
+        aux_logits = f.script.full_precision(aux_logits).contiguous()
         loss_cons = f.script.DecoderLosses.apply(aux_logits, prob, "mse").mean()
         f.update(f.script.cross_entropy(logits_l, label) + 30 * loss_cons, optimizer)
 

@@ -196,7 +196,8 @@ def test_masks_are_the_authors(golden):
     for gamma in (g for g in (0.7, 0.8, 0.9) if f"fdrop_out_gamma{g}" in golden):
         dropped = feature_drop(golden.tensor("fdrop_in"), gamma)
         close(dropped, golden.tensor(f"fdrop_out_gamma{gamma}"))
-        assert dropped[2].abs().max() == 0  # an image without activation has none below a share
+        assert dropped[2].abs().max() == 0
+    assert feature_drop(torch.ones(1, 2, 3, 3), 1.0).max() == 0  # strictly below the share
 
 
 @goldens
@@ -232,7 +233,7 @@ def test_guided_cutout_is_the_authors(golden, request):
     assert torch.equal(ours, golden.tensor("cutout_mask_rand"))
 
 
-def test_contours_by_hand():
+def test_contours_by_hand(monkeypatch):
     image = torch.zeros(5, 40, 40, dtype=torch.bool)
     image[0, 5:30, 5:25] = True  # a rectangle has four points
     image[1, 5, 5:20] = True  # a line two, one at each end
@@ -254,6 +255,12 @@ def test_contours_by_hand():
     masks = guided_cutout(disc, (64, 64), torch.rand(3, 1, MAX_CONTOURS, 2))
     assert (1 - masks).sum((1, 2, 3, 4)).tolist() == [16.0 * 16] * 3
     assert guided_cutout(disc, (64, 64), torch.rand(1, 1, MAX_CONTOURS, 2), 0.0).min() == 1
+    for points, erased in ((50, 0), (51, 16 * 16)):
+        found = (contour_boxes(disc)[0], torch.tensor([[points] + [0] * (MAX_CONTOURS - 1)]))
+        monkeypatch.setattr(cct, "contour_boxes", lambda _, found=found: found)
+        assert (
+            1 - guided_cutout(disc, (64, 64), torch.rand(1, 1, MAX_CONTOURS, 2))
+        ).sum() == erased
 
 
 def spiral(side: int) -> torch.Tensor:
@@ -343,6 +350,12 @@ def test_vat_has_length_eps_and_beats_a_random_direction(amp):
     draws = draw_perturbations(args, 0, 0, torch.zeros(4, 3, 160, 160), 256)
     found, norm = divergence(draws, 2.0)
     assert norm == pytest.approx(2.0, rel=1e-4)
+    # The small step survives in what the loss sees.
+    decoder = partial(decode, weight=decoders.conv.weight[:, :, 0, 0], bias=decoders.conv.bias)
+    r = vat_perturbation(features.float(), decoder, 1.0, 2.0, draws["vat"][0])
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        moved, _ = decoders(features, logits, draws)
+    close(moved[0], decoder(features.float() + r), atol=1e-5, rtol=1e-5)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         other = torch.randn(features.shape, generator=generator)
