@@ -120,12 +120,36 @@ def classmix_floor(f: Floor):
     return teacher_floor(f, 1, lambda logits, t: f.script.cross_entropy(logits, t.argmax(1)))
 
 
+def cct_floor(f: Floor):
+    """The auxiliary decoders see clean features: the perturbations are not in the floor."""
+    net = f.network()
+    aux_decoders = f.script.AuxDecoders(net.classifier.in_channels, f.classes, f.args)
+    aux_decoders, _ = f.script.prepare(aux_decoders, f.args, 1, f.device)
+    optimizer = f.optimizer(net, aux_decoders)
+    labeled, unlabeled, label = f.image(), f.image(), f.label()
+    shape = (sum(f.args.decoders), f.classes)
+
+    def step():
+        with f.autocast:
+            logits_l = net(labeled)
+            features = net.head(*net.encode(unlabeled))
+            main_logits = net.classifier(features.detach())
+            aux_logits = aux_decoders.conv(features).unflatten(1, shape).transpose(0, 1)
+        prob = f.script.upsample(main_logits, unlabeled.shape[2:]).detach().softmax(1)
+        aux_logits = f.script.full_precision(aux_logits).contiguous()
+        loss_cons = f.script.DecoderLosses.apply(aux_logits, prob, "mse").mean()
+        f.update(f.script.cross_entropy(logits_l, label) + 30 * loss_cons, optimizer)
+
+    return step
+
+
 FLOORS = {
     "supervised": supervised_floor,
     "cps": cps_floor,
     "mean_teacher": mean_teacher_floor,
     "cutmix_mt": cutmix_mt_floor,
     "classmix": classmix_floor,
+    "cct": cct_floor,
 }
 
 
