@@ -120,12 +120,48 @@ def classmix_floor(f: Floor):
     return teacher_floor(f, 1, lambda logits, t: f.script.cross_entropy(logits, t.argmax(1)))
 
 
+def gct_floor(f: Floor):
+    nets = [f.network(), f.network()]
+    detector = f.script.make_detector(f.args, f.classes, 1, f.device)[0]
+    optimizers = [f.optimizer(*nets), torch.optim.Adam(detector.parameters(), 1e-4, fused=True)]
+    labeled, unlabeled, label, crop = f.image(), f.image(), f.label(), f.args.crop_size
+    script, n = f.script, len(label)
+
+    def step():
+        image = torch.cat([labeled, unlabeled])
+        with f.autocast:
+            logits = [net(image) for net in nets]
+        probs = [script.full_precision(each).softmax(1) for each in logits]
+        with f.autocast:
+            flaws = [detector(image, prob.detach()) for prob in probs]
+            detector.requires_grad_(False)
+            seen = [detector(image, prob) for prob in probs]
+            detector.requires_grad_(True)
+        handled = [script.handle_flaw_map(flaw, crop) for flaw in flaws]
+        *targets, both_flawed = script.dynamic_targets(*probs, *handled)
+        loss = 0
+        for net in range(2):
+            loss = loss + script.cross_entropy(logits[net][:n], label)
+            loss = loss + torch.nn.functional.mse_loss(probs[net], targets[net])
+            loss = loss + script.flaw_correction_loss(seen[net], both_flawed)
+            true = script.flaw_target(probs[net][:n], label, crop)
+            loss = loss + script.detector_loss(flaws[net][:n], true)
+        f.scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            f.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        f.scaler.update()
+
+    return step
+
+
 FLOORS = {
     "supervised": supervised_floor,
     "cps": cps_floor,
     "mean_teacher": mean_teacher_floor,
     "cutmix_mt": cutmix_mt_floor,
     "classmix": classmix_floor,
+    "gct": gct_floor,
 }
 
 

@@ -492,20 +492,23 @@ def test_correlation_by_hand():
 
 def test_every_flag_has_an_effect(quick):
     def run(name, **flags):
-        flags = {"steps": 2, "ramp_up": 0.0, "lambda_fc": 10.0, "crop_size": 48} | flags
+        flags = {"steps": 1, "ramp_up": 0.0, "lambda_fc": 10.0} | flags
         return weights(main(quick(Args, exp_name=name, **flags))["run_dir"])
 
     plain = run("plain")
     for number, flags in enumerate([
         {"flaw_threshold": 0.2}, {"flaw_rounds": 3}, {"clamp_flaw_map": False}, {"lambda_dc": 1.0},
         {"ramp_up": 0.9}, {"lambda_fc": 0.0}, {"detector_lr": 1e-2}, {"detector_width": 8},
-        {"detector_stages": 2},
+        {"detector_stages": 2, "crop_size": 48},
     ]):  # fmt: skip
         other = run(f"other{number}", **flags)
-        # What the detector learns is seen in it at once, the rest in the networks.
-        part = "/detector/" if flags.keys() & {"flaw_rounds", "clamp_flaw_map"} else "/network"
+        # What the detector learns is seen in itself at once, the rest in the networks.
+        of_detector = {"flaw_rounds", "clamp_flaw_map", "detector_lr"}
+        part = "/detector/" if flags.keys() & of_detector else "/network"
         parts = [key for key in plain if key.startswith(part)]
         assert any(not torch.equal(plain[key], other[key]) for key in parts), flags
+        if "detector_stages" in flags:
+            assert len(other) > len(plain)
 
 
 def test_flaw_correction_alone_acts_on_all_pixels(quick, monkeypatch):
