@@ -143,6 +143,40 @@ def cct_floor(f: Floor):
     return step
 
 
+def gct_floor(f: Floor):
+    nets = [f.network(), f.network()]
+    detector = f.script.make_detector(f.args, f.classes, 1, f.device)[0]
+    optimizers = [f.optimizer(*nets), torch.optim.Adam(detector.parameters(), 1e-4, fused=True)]
+    labeled, unlabeled, label = f.image(), f.image(), f.label()
+    script, n = f.script, len(label)
+    true = torch.rand(n, 1, *label.shape[1:], device=f.device)  # and not made from the softmaxes
+    both_flawed = true.repeat(2, 1, 1, 1) > 0.5
+
+    def step():
+        image = torch.cat([labeled, unlabeled])
+        with f.autocast:
+            logits = [net(image) for net in nets]
+        probs = [script.full_precision(each).softmax(1) for each in logits]
+        with f.autocast:
+            flaws = [detector(image, prob.detach()) for prob in probs]
+            detector.requires_grad_(False)
+            seen = [detector(image, prob) for prob in probs]
+            detector.requires_grad_(True)
+        loss = 0
+        for net in range(2):
+            loss = loss + script.cross_entropy(logits[net][:n], label)
+            loss = loss + torch.nn.functional.mse_loss(probs[net], probs[1 - net].detach())
+            loss = loss + script.flaw_correction_loss(seen[net], both_flawed)
+            loss = loss + script.detector_loss(flaws[net][:n], true)
+        f.scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            f.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        f.scaler.update()
+
+    return step
+
+
 FLOORS = {
     "supervised": supervised_floor,
     "cps": cps_floor,
@@ -150,6 +184,7 @@ FLOORS = {
     "cutmix_mt": cutmix_mt_floor,
     "classmix": classmix_floor,
     "cct": cct_floor,
+    "gct": gct_floor,
 }
 
 

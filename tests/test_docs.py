@@ -19,9 +19,10 @@ OTHER_FLAGS = {
 def test_flags_and_links(page):
     text = page.read_text()
     known = {
-        f"--{field.name.replace('_', '-')}"
+        f"--{no}{field.name.replace('_', '-')}"
         for script in (*SCRIPTS.values(), predict)
         for field in fields(script.Args)
+        for no in ("", "no-")
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= known | OTHER_FLAGS
     for link in re.findall(r"\]\(([^)#:]+)\)", text):

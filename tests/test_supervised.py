@@ -264,6 +264,8 @@ def freeze_batchnorm(monkeypatch, script):
 
     monkeypatch.setattr(Shapes, "load", load_valid)
     monkeypatch.setattr(script, "DeepLabV3Plus", lambda *a: Frozen(*a).eval())
+    prepare = script.prepare  # a script's other networks pass here, too
+    monkeypatch.setattr(script, "prepare", lambda network, *rest: prepare(network.eval(), *rest))
 
 
 def test_paper_rows_fill_every_flag():
