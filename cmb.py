@@ -265,9 +265,9 @@ def entropy_loss(logits: torch.Tensor, valid: torch.Tensor | None = None) -> tor
     return (entropy * valid).sum() / valid.sum().clamp(min=1)
 
 
-def quota(num_labeled: int, capacity: int, dataset: str) -> int:
+def quota(num_labeled: int, capacity: int, dataset: str, num_classes: int = 21) -> int:
     """Features that one class may give the bank per labeled image; `dataset`: voc or cityscapes."""
-    share = 21 / 3 if dataset == "voc" else 1  # an image of VOC shows about 3 of its 21 classes
+    share = num_classes / 3 if dataset == "voc" else 1  # an image of VOC shows few of the classes
     return max(1, int(share * round(capacity / num_labeled)))
 
 
@@ -451,7 +451,7 @@ class MemoryBank(nn.Module):
         if rank not in ("highest", "lowest"):
             raise ValueError(f"rank {rank!r}: use highest or lowest")
         classes, capacity, dim = self.store.shape
-        features = features.detach().to(self.store.dtype)
+        features = full_precision(features.detach())
         group = labels.where((labels >= 0) & (labels < classes), classes)
         count = (group[:, None] == torch.arange(classes, device=group.device)).sum(0)
         count = sum_over_processes(count)
@@ -474,9 +474,9 @@ class MemoryBank(nn.Module):
         count = count.clamp(max=quota)[:, None]
         place = torch.arange(capacity, device=group.device)
         place = torch.where(place < count, place, quota + place - count)  # in [new, old]
-        both = torch.cat([new, self.store], 1)
-        self.store.copy_(both.gather(1, place[..., None].expand(-1, -1, dim)))
-        self.filled.copy_((self.filled + count[:, 0]).clamp(max=capacity))
+        both = torch.cat([new, self.store.to(new.dtype)], 1)
+        self.store = both.gather(1, place[..., None].expand(-1, -1, dim))
+        self.filled = (self.filled + count[:, 0]).clamp(max=capacity)
 
 
 def gather(value: torch.Tensor, world_size: int) -> list[torch.Tensor]:
@@ -1435,7 +1435,7 @@ def main(args: Args) -> dict:
     teacher = make_teacher(student, args)
     bank = MemoryBank(len(data.classes), heads.dim, args.bank_size).to(device)
     rule = "voc" if args.dataset in ("voc", "folder") else "cityscapes"
-    per_image = quota(len(split.labeled), args.bank_size, rule)
+    per_image = quota(len(split.labeled), args.bank_size, rule, len(data.classes))
     images_l, images_u = (a.batch_size // args.accumulate for a in (args, args_u))
     windows = len(split.labeled) // images_l, len(split.unlabeled) // images_u
     balance = ClassBalance(len(data.classes), *windows).to(device)
