@@ -182,7 +182,7 @@ class Args(RunArgs):
 # Sources: the released configs (DeepLabV3+ with ResNet-50; see docs/cmb.md); camvid and shapes are
 # ours. An entry that depends on other flags is a function of them.
 # DIFFERS (cmb.md 3): weight decay acts on weights only; the supervised loss is that of all scripts.
-# DIFFERS (cmb.md 14): camvid and shapes ramp up longer, since they start from scratch, and their
+# DIFFERS (cmb.md 12): camvid and shapes ramp up longer, since they start from scratch, and their
 # teachers remember 10 steps at first.
 PAPER = {
     "voc": dict(
@@ -257,7 +257,7 @@ def entropy_loss(logits: torch.Tensor, valid: torch.Tensor | None = None) -> tor
         logits: (B, C, H, W)
         valid: bool (B, H, W)
     """
-    # DIFFERS (cmb.md 11): normalized by log C, as released.
+    # DIFFERS (cmb.md 5): normalized by log C, as released.
     log_prob = full_precision(logits).log_softmax(1)
     entropy = -(log_prob.exp() * log_prob).sum(1) / math.log(logits.shape[1])
     if valid is None:
@@ -456,7 +456,7 @@ class MemoryBank(nn.Module):
         count = (group[:, None] == torch.arange(classes, device=group.device)).sum(0)
         count = sum_over_processes(count)
         ranked = count > quota
-        # DIFFERS (cmb.md 5): the release keeps the lowest, against its own comment.
+        # DIFFERS (cmb.md 6): the release keeps the lowest, against its own comment.
         score = run_selectors(selectors, features, group, ranked)
         score = score if rank == "lowest" else -score
         key = torch.where(F.pad(ranked, (0, 1))[group], score, 0)
@@ -495,7 +495,7 @@ def bank_centers(store, filled, bank_selectors, used) -> torch.Tensor:
     unit = F.normalize(store, dim=2)
     valid = torch.arange(store.shape[1], device=store.device) < filled[:, None]  # (C, N)
     weight = valid.to(store.dtype)
-    # DIFFERS (cmb.md 6): the release divides each score by itself, so that all weights are 1.
+    # DIFFERS (cmb.md 7): the release divides each score by itself, so that all weights are 1.
     if bank_selectors:
         owner = torch.arange(len(store), device=store.device)
         scores = run_mlps(bank_selectors, unit, owner, valid, used, shared=True)
@@ -751,7 +751,7 @@ def strong_augmentation(image, label, confidence, batch_size, first, blur, gener
 
 def blurred(image: torch.Tensor, sigma: tuple[float, float]) -> torch.Tensor:
     """Gaussian blur with a kernel of 23 pixels a side and deviations (vertical, horizontal)."""
-    # DIFFERS (cmb.md 7): the release means a range of deviations; its library takes two sides.
+    # DIFFERS (cmb.md 8): the release means a range of deviations; its library takes two sides.
     return gaussian_blur(image, [23, 23], [sigma[1], sigma[0]])
 
 

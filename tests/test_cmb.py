@@ -42,7 +42,7 @@ from cmb import (
 )
 
 GOLDENS = golden_files("cmb_seed*.npz")
-WHOLE = [path for path in GOLDENS if "aug/images" in load_golden(path)]
+WHOLE = [path for path in GOLDENS if "aug/images" in load_golden(path)]  # not the small copy
 by_stem = {"ids": lambda path: f"{path.parent.name}-{path.stem}"}
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}  # of the goldens' README; theirs are fp32, ours fp64
 GRADIENTS = {"rtol": 1e-3, "atol": 1e-5}
@@ -52,10 +52,7 @@ LAYERS = {"0": "lin1", "1": "bn", "3": "lin2"}
 def module_of(golden, prefix: str) -> nn.Sequential:
     """A head or selector with the goldens' weights, in fp64."""
     hidden, dim = golden[f"{prefix}/lin1.weight"].shape
-    if "sel_" in prefix:
-        module = FeatureSelector(dim, hidden)
-    else:
-        module = projection_head(dim, hidden)
+    module = (FeatureSelector if "sel_" in prefix else projection_head)(dim, hidden)
     module.double().load_state_dict(
         {key: golden.tensor(name_of(prefix, key)) for key in module.state_dict()}
     )
@@ -213,9 +210,8 @@ def test_contrastive_loss_is_the_authors(path, mode):
                 torch.testing.assert_close(parameter.grad, golden.tensor(name), **GRADIENTS)
             else:
                 assert not parameter.grad.any()
-        assert_state(
-            selector, golden, f"{'contr/train/heads_after' if mode == 'train' else 'heads'}/sel_feat/{c}"
-        )  # fmt: skip
+        after = "contr/train/heads_after" if mode == "train" else "heads"
+        assert_state(selector, golden, f"{after}/sel_feat/{c}")
     for c in range(6):  # each class's part of the sum
         alone = contrastive_loss(features, labels.where(labels == c, 255), bank, selectors, 6)
         expected = golden.tensor(f"contr/{mode}/per_class_contribution")[c]
@@ -500,7 +496,7 @@ def test_two_processes_are_one(tmp_path):
 # --- schedules, class balance, views
 
 
-@pytest.mark.parametrize("path", WHOLE, **by_stem)
+@pytest.mark.parametrize("path", GOLDENS, **by_stem)
 def test_schedules_are_the_authors(path):
     golden = load_golden(path)
     for i, t in enumerate(golden["sched/iters"].tolist()):
@@ -510,7 +506,7 @@ def test_schedules_are_the_authors(path):
         assert cosine_decay(t, 150_000, 0.995) == pytest.approx(decay, rel=1e-6, abs=1e-7)
 
 
-@pytest.mark.parametrize("path", WHOLE, **by_stem)
+@pytest.mark.parametrize("path", GOLDENS, **by_stem)
 def test_class_balance_is_the_authors(path):
     golden = load_golden(path)
     windows = int(golden["bal/labeled_iters"]), int(golden["bal/unlabeled_iters"])
