@@ -177,6 +177,35 @@ def gct_floor(f: Floor):
     return step
 
 
+def cmb_floor(f: Floor):
+    """Without the views, and without filling the bank; the teacher sees labeled images for it."""
+    net = f.network()
+    heads = f.script.Heads(net.classifier.in_channels, f.classes, bank_attention=True)
+    student, _ = f.script.prepare(f.script.NetworkWithHeads(net, heads), f.args, 1, f.device)
+    teacher = f.script.make_teacher(student, f.args)
+    bank = f.script.MemoryBank(f.classes, heads.dim, f.args.bank_size).to(f.device)
+    bank.store.normal_()
+    bank.filled.fill_(f.args.bank_size)
+    optimizer = f.optimizer(net, heads)
+    half = f.args.batch_size // 2
+    labeled, views, label = f.image(), f.image()[: 2 * half], f.label()
+
+    def step():
+        with torch.no_grad(), f.autocast:
+            confidence, pseudo_label = teacher(views[:half])[0].softmax(1).max(1)
+            teacher(labeled)
+        confidence, pseudo_label = confidence.repeat(2, 1, 1), pseudo_label.repeat(2, 1, 1)
+        with f.autocast:
+            logits_u, loss_u = student(views, pseudo_label, bank)
+            logits_l, loss_l = student(labeled, label, bank)
+        loss = f.script.cross_entropy(logits_l, label) + 0.1 * (loss_l + loss_u)
+        loss = loss + f.script.pseudo_label_loss(logits_u, pseudo_label, confidence, 1.0)
+        f.update(loss + 0.01 * f.script.entropy_loss(logits_u), optimizer)
+        f.script.update_teacher(teacher, student, 0.995)
+
+    return step
+
+
 FLOORS = {
     "supervised": supervised_floor,
     "cps": cps_floor,
@@ -185,6 +214,7 @@ FLOORS = {
     "classmix": classmix_floor,
     "cct": cct_floor,
     "gct": gct_floor,
+    "cmb": cmb_floor,
 }
 
 
