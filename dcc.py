@@ -401,7 +401,7 @@ class NegativeBank:
         vectors, labels: (N, D) fp32 and (N,) int64
     """
 
-    def __init__(self, capacity: int, device, dim: int = EMBEDDING):
+    def __init__(self, capacity: int, dim: int, device):
         self.capacity, self.device = capacity, device
         self.vectors = torch.empty(0, dim, device=device)
         self.labels = torch.empty(0, dtype=torch.long, device=device)
@@ -498,8 +498,8 @@ def overlapping_crops(
 class PairView:
     """A scale from the range `scale`, two overlapping crops, each flipped with p = 0.5.
 
-    Draws from torch's default generator, as `WeakView` does. What both crops need is cut first, and
-    resized once. Padding is below and to the right, so that places are at multiples of 8 pixels.
+    Draws from torch's default generator, as `WeakView` does. As there the window around both crops
+    is cut first and then resized, once. Padding is below and to the right.
     """
 
     def __init__(self, crop_size: int, scale: tuple[float, float], min_overlap: float):
@@ -507,33 +507,29 @@ class PairView:
 
     def __call__(self, image, label) -> tuple[torch.Tensor, ...]:
         """(2, 3, H, W), (2, H, W), rectangles (2, 4) in the crops before the flip, flips (2,)."""
-        lengths, crop = image.shape[1:], self.crop_size
-        scale = self.scale[0] + (self.scale[1] - self.scale[0]) * float(torch.rand(()))
-        resized = [max(1, round(length * scale)) for length in lengths]
+        crop, least, greatest = self.crop_size, *self.scale
+        scale = least + (greatest - least) * float(torch.rand(()))
+        resized = [max(1, round(length * scale)) for length in image.shape[1:]]
         draw = (torch.default_generator, self.min_overlap)
         *corners, rectangle_1, rectangle_2 = overlapping_crops(*resized, crop, *draw)
-        # The window around both crops: in pixels of the resized image, then of the source.
-        begin = [min(pair) for pair in zip(*corners, strict=True)]
-        limits = zip(zip(*corners, strict=True), resized, strict=True)
-        size = [min(max(pair) + crop, length) for pair, length in limits]
-        size = [e - b for b, e in zip(begin, size, strict=True)]
-        part = [min(round(n / scale) or 1, length) for n, length in zip(size, lengths, strict=True)]
-        corner = [
-            min(round(b / scale), length - n)
-            for b, length, n in zip(begin, lengths, part, strict=True)
-        ]
         flip = torch.rand(2) < 0.5
+        # The window around both crops, in pixels of the resized image and of the source.
+        window, source = [], []
+        for a, b, new, old in zip(*corners, resized, image.shape[1:], strict=True):
+            begin, end = min(a, b), min(max(a, b) + crop, new)
+            size = min(max(1, round((end - begin) / scale)), old)
+            window.append((begin, end - begin))
+            source.append((min(round(begin / scale), old - size), size))
         views = []
         for tensor, fill in ((image, list(MEAN_COLOR)), (label, IGNORE)):
-            window = TF.resize(TF.crop(tensor, *corner, *part), size, antialias=False)
-            crops = []
-            for (top, left), flipped in zip(corners, flip, strict=True):
-                top, left = top - begin[0], left - begin[1]
-                rows, columns = min(crop, size[0] - top), min(crop, size[1] - left)
-                out = TF.crop(window, top, left, rows, columns)
-                out = TF.pad(out, [0, 0, crop - columns, crop - rows], fill=fill)
-                crops.append(TF.horizontal_flip(out) if flipped else out)
-            views.append(torch.stack([out.as_subclass(torch.Tensor) for out in crops]))
+            (top, height), (left, width) = source
+            part = TF.crop(tensor, top, left, height, width)
+            (top, height), (left, width) = window
+            part = TF.resize(part, [height, width], antialias=False)
+            part = TF.pad(part, [0, 0, max(0, crop - width), max(0, crop - height)], fill=fill)
+            crops = [TF.crop(part, y - top, x - left, crop, crop) for y, x in corners]
+            crops = [TF.horizontal_flip(c) if f else c for c, f in zip(crops, flip, strict=True)]
+            views.append(torch.stack([each.as_subclass(torch.Tensor) for each in crops]))
         return *views, torch.tensor([rectangle_1, rectangle_2]), flip
 
 
@@ -1296,7 +1292,7 @@ def main(args: Args) -> dict:
     _, ddp = prepare(TwoCropNetwork(network, projector), args, world_size, device)
     ddps = [ddp]
     per_step = 2 * args.batch_size * args.negatives
-    bank = NegativeBank(args.bank_steps * per_step, device)
+    bank = NegativeBank(args.bank_steps * per_step, EMBEDDING, device)
     optimizer = make_optimizer([network, projector], args, device)
     saved = {"network": network, "projector": projector, "bank": bank}
     evaluated = "network"
