@@ -116,7 +116,7 @@ def quick(tmp_path):
 
 def active(script) -> dict[str, float]:
     """Flags that give every term of a script its full weight from the first step on."""
-    at_once = ("cps_start", "cps_full", "ramp_up")
+    at_once = ("cps_start", "cps_full", "dcc_start", "ramp_up")
     return {field.name: 0.0 for field in fields(script.Args) if field.name in at_once}
 
 
