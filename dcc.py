@@ -11,6 +11,7 @@
 The protocol is that of the CPS paper (2106.01226v3); docs/dcc.md lists what differs.
 """
 
+import errno
 import json
 import math
 import os
@@ -1192,10 +1193,17 @@ class Run:
             return
         path = self.folder / name
         part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            torch.save({"meta": self.meta} | checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with part.open("wb") as file:
+                torch.save({"meta": self.meta} | checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch puts its own error over a full disk's
+            part.unlink(missing_ok=True)
+            raise UserError(
+                f"{path} cannot be written ({error.__context__ or error}); what was saved before "
+                "is whole: make room, and the same command continues"
+            ) from None
         if name == "last.pt" and path.exists():
             os.replace(path, self.folder / "previous.pt")
         os.replace(part, path)
@@ -1242,15 +1250,24 @@ def environment(args, device: torch.device) -> dict:
     }
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def command_line() -> None:
     """`main` with the command line's flags; a mistake in the input is one line, exit code 2."""
     import tyro
 
     try:
         main(tyro.cli(Args))
-    except (UserError, FloatingPointError) as error:
+    except (UserError, FloatingPointError, RuntimeError, OSError) as error:
         # An error of a loader process arrives wrapped in its traceback.
         text = str(error).rsplit("UserError: ", 1)[-1].strip()
+        if isinstance(error, OSError) and error.errno in FULL:
+            text += "; make room, and the same command continues"
+        elif type(error) is RuntimeError and "DataLoader worker" in text:
+            text += " The same command continues."
+        elif not isinstance(error, UserError | FloatingPointError):
+            raise
         # Before the processes meet, all find the same mistake; afterwards it is this one's own.
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
             print(f"error: {text}", file=sys.stderr, flush=True)

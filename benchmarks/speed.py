@@ -206,6 +206,33 @@ def cmb_floor(f: Floor):
     return step
 
 
+def dcc_floor(f: Floor):
+    """Without the crops' color changes; the bank is full."""
+    net = f.network()
+    projector = f.script.make_projector(net.classifier.in_channels)
+    network = f.script.TwoCropNetwork(net, projector)
+    network, _ = f.script.prepare(network, f.args, 1, f.device)
+    optimizer = f.optimizer(net, projector)
+    labeled, crops, label = f.image(), [f.image(), f.image()], f.label()
+    dim, places = f.script.EMBEDDING, 2 * len(label) * f.args.negatives
+    bank = f.script.NegativeBank(f.args.bank_steps * places, dim, f.device)
+    vectors = torch.nn.functional.normalize(torch.randn(bank.capacity, dim, device=f.device))
+    bank.add(vectors, torch.randint(f.classes, (bank.capacity,), device=f.device))
+
+    def step():
+        with f.autocast:
+            logits = network(labeled)
+            views = [network(crop, True) for crop in crops]
+        views = [[each.flatten(0, 2) for each in view] for view in views]
+        with torch.no_grad():
+            bank.add(*(torch.cat(pair) for pair in zip(*(v[:2] for v in views), strict=True)))
+        sums, active = f.script.both_directions(*views, bank.vectors, bank.labels, f.args)
+        loss = (sums / active.clamp(min=1)).sum()
+        f.update(f.script.cross_entropy(logits, label) + 0.1 * loss, optimizer)
+
+    return step
+
+
 FLOORS = {
     "supervised": supervised_floor,
     "cps": cps_floor,
@@ -215,6 +242,7 @@ FLOORS = {
     "cct": cct_floor,
     "gct": gct_floor,
     "cmb": cmb_floor,
+    "dcc": dcc_floor,
 }
 
 

@@ -1,4 +1,4 @@
-"""dcc.py: the contrastive loss against hand-worked numbers, the plain formula and the authors' code;
+"""dcc.py: the contrastive loss against hand-worked numbers, the plain formula and the authors';
 crops, places and bank; whole steps, runs.
 """
 
@@ -433,7 +433,8 @@ def test_rectangles_are_the_authors(path, name, crop, monkeypatch):
     for row in golden[f"pair_sampler/{name}"]:
         h0, w0, longside, x1, y1, *corners, _, _, _ = map(int, row)
         first, second = corners[:4], corners[4:]
-        size = (longside, w0 * longside // h0) if h0 > w0 else (h0 * longside // w0, longside)
+        longest = max(h0, w0)
+        size = [int(side * longside / longest + 0.5) for side in (h0, w0)]
         draws = [y1, x1, y1 + first[0] - second[0], x1 + first[1] - second[1]]
         monkeypatch.setattr(torch, "randint", lambda n, *_, d=draws, **__: d.pop(0))
         corner_1, corner_2, rectangle_1, rectangle_2 = overlapping_crops(*size, crop, None)
@@ -589,9 +590,10 @@ def test_colors_change_as_often_as_released_and_on_any_number_of_processes():
     same = (whole - image).flatten(1).abs().amax(1) < 1e-4
     assert is_gray.float().mean().item() == pytest.approx(0.2, abs=0.06)
     assert same.float().mean().item() == pytest.approx(0.5 * 0.2 * 0.8, abs=0.04)
-    noise = shown.float().diff(dim=3).abs().mean((1, 2, 3))
-    smooth = noise < noise.amin() + 0.5 * (noise.amax() - noise.amin())
-    assert smooth.float().mean().item() == pytest.approx(0.5, abs=0.1)
+    light = dcc.gray(shown.float())  # of noise: only blur makes neighbors alike
+    light = light - light.mean((1, 2, 3), keepdim=True)
+    alike = (light[..., 1:] * light[..., :-1]).mean((1, 2, 3)) / light.square().mean((1, 2, 3))
+    assert (alike > 0.4).float().mean().item() == pytest.approx(0.5, abs=0.07)
     blurred = TF.gaussian_blur(image[:1], [5, 5])  # its own deviation for this kernel
     assert ((whole - blurred).flatten(1).abs().amax(1) < 1e-4).any()
 
@@ -640,7 +642,7 @@ def test_bank_of_a_run(quick, flags, count):
     bank = torch.load(f"{result['run_dir']}/last.pt", weights_only=True)["bank"]
     assert bank["vectors"].shape == (count, dcc.EMBEDDING) and bank["labels"].shape == (count,)
     assert bank["vectors"].norm(dim=1).sub(1).abs().max() < 1e-5
-    assert 0 <= bank["labels"].min() and bank["labels"].max() < 8
+    assert bank["labels"].min() >= 0 and bank["labels"].max() < 8
 
 
 # --- the network and runs
