@@ -137,11 +137,9 @@ class Args(RunArgs):
 
     head_lr_mult: float | None = None
     gamma: float = 2.0
-    """power of the teacher's confidence that weights a pixel; 0: all alike (no re-weighting)"""
+    """power of the teacher's confidence that weights a pixel; 0: no re-weighting"""
     sampling: bool = True
     """leave pixels of confident classes out of the consistency loss"""
-    beta: float = 1.0
-    """power of the sampling rates"""
     copy_paste: bool = True
     """paste objects of classes that do badly on half of the labeled images"""
     paste_draws: int | None = None
@@ -151,7 +149,7 @@ class Args(RunArgs):
     paste_any: bool = False
     """paste from any labeled image, not from one that has such a class"""
     adaptive_cutmix: bool = True
-    """choose the CutMix source and its box by a class that does badly, not at random"""
+    """choose CutMix sources and boxes by classes that do badly, not at random"""
     min_region: float | None = None
     """share of an image above which a region of that class makes a box"""
     min_presence: float | None = None
@@ -159,7 +157,7 @@ class Args(RunArgs):
     bank_momentum: float | None = None
     """share of itself that a class's running confidence keeps at every step"""
     bank_absent: Literal["zero", "keep"] = "zero"
-    """classes without a labeled pixel in a batch: count as confidence 0, or stay as they are"""
+    """a class without labeled pixels in a batch has confidence 0 there, or keeps its own"""
     labeled_consistency: bool = True
     """consistency on labeled images too"""
     confidence_threshold: float | None = None
@@ -354,7 +352,7 @@ def presence(label: torch.Tensor, num_classes: int, share: float) -> torch.Tenso
     return (pixels > 0) & (pixels >= share * label[0].numel())
 
 
-def regions(inside: torch.Tensor, rounds: int = 24) -> torch.Tensor:
+def regions(inside: torch.Tensor, rounds: int = 12) -> torch.Tensor:
     """Names the 8-connected regions of a bool (B, H, W) mask: (B, H W), a number for each pixel.
 
     It is the position of a region's last pixel. All pixels at once, so that no GPU waits: in every
@@ -1399,7 +1397,7 @@ def main(args: Args) -> dict:
             running = update_confidence(
                 bank.confidence, *sums, args.bank_momentum, args.bank_absent
             )
-            rate = sampling_rate(running, args.beta)
+            rate = sampling_rate(running)
             if not args.sampling:
                 rate, uniform = torch.ones_like(rate), torch.ones_like(uniform)
             loss_cons = consistency_loss(

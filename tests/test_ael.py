@@ -1,0 +1,337 @@
+"""ael.py: losses, bank, choices and boxes against the authors' numbers, whole steps, runs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    active,
+    assert_same,
+    assert_unlabeled_labels_are_not_read,
+    golden_files,
+    load_golden,
+    read_log,
+    record_steps,
+    weights,
+)
+from torch import nn
+
+import ael
+from ael import (
+    AHEAD,
+    PAPER,
+    Args,
+    Bank,
+    confidence_sums,
+    consistency_loss,
+    copy_paste,
+    cutmix_probability,
+    draw_boxes,
+    draw_classes,
+    draw_images,
+    ema_decay,
+    fill_boxes,
+    main,
+    ohem_cross_entropy,
+    paste,
+    paste_probability,
+    poly_lr,
+    presence,
+    pseudo_labels,
+    region_boxes,
+    regions,
+    sampling_rate,
+    update_confidence,
+    update_teacher,
+)
+from common.datasets import IGNORE, UNKNOWN, global_batch
+
+GOLDENS = golden_files("ael_seed*.npz")
+WHOLE = [path for path in GOLDENS if "sup_logits_main" in load_golden(path)]
+by_stem = {"ids": lambda path: f"{path.parent.name}-{path.stem}"}
+
+
+# A: supervised loss
+@pytest.mark.parametrize("path", WHOLE, **by_stem)
+@pytest.mark.parametrize("case", ["a_default", "b_thresh", "c_kth", "d_minkept0", "e_equal"])
+def test_hard_pixels_are_the_authors(path, case):
+    golden = load_golden(path)
+    threshold, min_kept, aux_weight = golden[f"sup_{case}_cfg"].tolist()
+    label, total = golden.tensor("sup_label"), 0
+    grads = {}
+    for head, weight in (("main", 1.0), ("aux", aux_weight)):
+        logits = golden.tensor(f"sup_logits_{head}").requires_grad_()
+        loss = ohem_cross_entropy(logits, label, threshold, int(min_kept))
+        expected = float(golden[f"sup_{case}_loss_{head}"])
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        (grads[head],) = torch.autograd.grad(weight * loss, logits)
+        kept = golden.tensor(f"sup_{case}_kept_{head}").bool()
+        assert torch.equal(grads[head].abs().sum(1) > 0, kept)
+        total = total + weight * loss
+    assert total.item() == pytest.approx(float(golden[f"sup_{case}_loss_total"]), rel=1e-5)
+    if case == "b_thresh":
+        for head, grad in grads.items():
+            expected = golden.tensor(f"sup_{case}_grad_{head}")
+            torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_hard_pixels_by_hand():
+    # True classes with probabilities 1/2, 3/4, 9/10; the fourth pixel is ignored.
+    odds = torch.tensor([1.0, 3.0, 9.0, 1.0]).log()
+    logits = torch.stack([odds, torch.zeros(4)])[None, :, None].double().requires_grad_()
+    label = torch.tensor([[[0, 0, 0, IGNORE]]])
+    assert ohem_cross_entropy(logits, label, 0.7, 1).item() == pytest.approx(math.log(2))
+    two = ohem_cross_entropy(logits, label, 0.7, 2)
+    assert two.item() == pytest.approx((math.log(2) - math.log(0.75)) / 2)
+    mean = -(math.log(0.5) + math.log(0.75) + math.log(0.9)) / 3
+    assert ohem_cross_entropy(logits, label).item() == pytest.approx(mean)  # below 100,000
+    nothing = ohem_cross_entropy(logits, torch.full_like(label, IGNORE), 0.7, 1)
+    nothing.backward()
+    assert nothing.item() == 0 and not logits.grad.any()
+
+
+# B: confidence bank
+@pytest.mark.parametrize("path", WHOLE, **by_stem)
+@pytest.mark.parametrize("momentum", [0.9, 0.999])
+def test_the_bank_is_the_authors(path, momentum):
+    golden = load_golden(path)
+    bank = golden.tensor("bank_init_3xC")[0]
+    for t in range(6):
+        label = golden.tensor("bank_labels")[t]
+        sums, counts = confidence_sums(golden.tensor("bank_logits")[t], label)
+        assert counts.tolist() == label[label < 21].bincount(minlength=21).tolist()
+        mean = sums / counts.clamp(min=1)
+        expected = golden.tensor("bank_step_conf")[t]
+        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-8)
+        kept = update_confidence(bank, sums, counts, momentum, "keep")
+        assert torch.equal(kept[counts == 0], bank[counts == 0])
+        bank = update_confidence(bank, sums, counts, momentum)
+        torch.testing.assert_close(kept[counts > 0], bank[counts > 0])
+        expected = golden.tensor(f"bank_m{momentum}_trace")[t]
+        torch.testing.assert_close(bank, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_bank_by_hand():
+    logits = torch.tensor([[0.0, math.log(3), 0.0], [0.0, 0.0, 0.0]]).view(1, 2, 1, 3)
+    sums, counts = confidence_sums(logits.requires_grad_(), torch.tensor([[[0, 0, IGNORE]]]))
+    assert sums.tolist() == pytest.approx([1.25, 0]) and counts.tolist() == [2, 0]
+    assert not sums.requires_grad
+    bank = torch.tensor([0.5, 0.5])
+    assert update_confidence(bank, sums, counts, 0.9).tolist() == pytest.approx([0.5125, 0.45])
+    kept = update_confidence(bank, sums, counts, 0.9, "keep")
+    assert kept.tolist() == pytest.approx([0.5125, 0.5])
+    assert sampling_rate(torch.tensor([0.5, 0.0, 1.0])).tolist() == pytest.approx([0.5, 1, 0])
+    assert sampling_rate(torch.tensor([0.5, 0.0]), 2.0).tolist() == pytest.approx([0.25, 1])
+    assert sampling_rate(torch.ones(3)).tolist() == [0, 0, 0]
+    odds = paste_probability(torch.tensor([0.0, 0.75, 1.0]), [0, 2])
+    assert odds.tolist() == pytest.approx([math.e / (1 + math.e), 1 / (1 + math.e)])
+    odds = cutmix_probability(torch.tensor([0.25, 0.75]))
+    assert (odds[0] / odds[1]).item() == pytest.approx(math.exp(0.5))
+
+
+# C: consistency
+@pytest.mark.parametrize("path", WHOLE, **by_stem)
+@pytest.mark.parametrize(
+    "case", ["sup_thr0", "sup_thr07", "uns_thr07", "nosample", "gamma0_beta05", "gamma1_beta2"]
+)
+def test_consistency_is_the_authors(path, case):
+    golden = load_golden(path)
+    gamma, sampling, beta, threshold, n = golden[f"cons_{case}_cfg"].tolist()
+    n = int(n)
+    logits = golden.tensor("sup_logits_main")[:n].requires_grad_()
+    confidence, label = pseudo_labels(golden.tensor("cons_teacher_logits")[:n], threshold)
+    assert torch.equal(label, golden.tensor(f"cons_{case}_pseudo"))
+    expected = golden.tensor(f"cons_{case}_conf")
+    torch.testing.assert_close(confidence, expected, rtol=1e-5, atol=1e-8)
+    rate = sampling_rate(golden.tensor("cons_bank"), beta)
+    uniform = golden.tensor("cons_rand_maps").gather(0, logits.detach().argmax(1))
+    if sampling:
+        torch.testing.assert_close(rate, golden.tensor(f"cons_{case}_rate"), rtol=1e-5, atol=1e-8)
+        sampled = uniform > 1 - rate[logits.argmax(1)]
+        assert torch.equal(sampled, golden.tensor(f"cons_{case}_samplemap").bool())
+    else:
+        rate, uniform = torch.ones_like(rate), torch.ones_like(uniform)
+    loss = consistency_loss(logits, label, confidence, rate, uniform, gamma)
+    assert loss.item() == pytest.approx(float(golden[f"cons_{case}_loss"]), rel=1e-5)
+    if f"cons_{case}_grad" in golden:
+        loss.backward()
+        expected = golden.tensor(f"cons_{case}_grad")
+        torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_consistency_by_hand():
+    # Three pixels of class 0 by the student (p = 3/4), labels 0, 1 and none; the last is not drawn.
+    logits = torch.tensor([[math.log(3)] * 4, [0.0] * 4]).view(1, 2, 1, 4).requires_grad_()
+    label = torch.tensor([[[0, 1, IGNORE, 0]]])
+    confidence = torch.tensor([[[1.0, 0.5, 0.5, 1.0]]], requires_grad=True)
+    rate = torch.tensor([0.5, 1.0], requires_grad=True)
+    uniform = torch.tensor([[[0.6, 0.9, 0.6, 0.5]]])  # sampled above 1/2, strictly
+    loss = consistency_loss(logits, label, confidence, rate, uniform)
+    weighted = -math.log(0.75) - 0.25 * math.log(0.25)
+    assert loss.item() == pytest.approx(weighted / 1.5)  # the ignored pixel is in the mean
+    loss.backward()
+    assert confidence.grad is None and rate.grad is None
+    assert logits.grad[0, 0, 0].tolist() == pytest.approx([-0.25 / 1.5, 0.75 / 6, 0, 0])
+    for nothing in ((label, torch.zeros(2)), (torch.full_like(label, IGNORE), rate)):
+        logits.grad = None
+        loss = consistency_loss(logits, nothing[0], confidence, nothing[1], uniform)
+        loss.backward()
+        assert loss.item() == 0 and not logits.grad.any()
+    double = consistency_loss(logits.double(), label, confidence.double(), rate, uniform)
+    half = consistency_loss(logits.bfloat16(), label, confidence, rate, uniform)
+    assert double.dtype == torch.float64 and half.dtype == torch.float32
+
+
+# D: which classes and images
+@pytest.mark.parametrize("path", GOLDENS, **by_stem)
+@pytest.mark.parametrize("tag", ["voc21", "city19"])
+def test_choices_are_the_authors(path, tag):
+    golden = load_golden(path).part(f"prob_{tag}_")
+    classes = golden["target_classes"]
+    odds = paste_probability(golden["bank"], classes.tolist())
+    torch.testing.assert_close(odds, golden["paste_p"], rtol=1e-5, atol=1e-8)
+    drawn = draw_classes(odds, golden["paste_u"])
+    assert torch.equal(classes[drawn], golden["paste_drawn"])
+    for row, expected in zip(drawn, golden["paste_unique"], strict=True):
+        assert classes[row.unique()].tolist() == expected[expected >= 0].tolist()
+    odds = cutmix_probability(golden["bank"])
+    torch.testing.assert_close(odds, golden["cutmix_p"], rtol=1e-5, atol=1e-8)
+    drawn = draw_classes(odds, golden["cutmix_u"])
+    assert torch.equal(drawn, golden["cutmix_class"])
+    contains = golden["cutmix_bank"].T.bool()
+    images = draw_images(contains, drawn, torch.rand(30, dtype=torch.float64))
+    for chosen in (images, golden["cutmix_image"]):
+        assert (contains[chosen, drawn] | ~contains[:, drawn].any(0)).all()
+
+
+def test_images_are_drawn_uniformly():
+    contains = torch.tensor([[True, False], [False, False], [True, False]])
+    draw = torch.tensor([0.0, 0.49, 0.5, 0.999, 0.0, 0.34, 0.67, 1 - 1e-12], dtype=torch.float64)
+    classes = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    assert draw_images(contains, classes, draw).tolist() == [0, 0, 2, 2, 0, 1, 2, 2]
+
+
+# E: schedules
+@pytest.mark.parametrize("path", GOLDENS, **by_stem)
+def test_schedules_are_the_authors(path):
+    golden = load_golden(path)
+    decays = [ema_decay(int(step), 0.99) for step in golden["ema_iters"]]
+    assert decays == pytest.approx(golden["ema_decay_0.99"].tolist(), rel=1e-12)
+    epochs, iterations, power = golden["lr_cfg_epochs_iters_power"].tolist()
+    for step, rates in enumerate(golden["lr_used"]):
+        rate = poly_lr(0.01, step, int(epochs * iterations), power)
+        assert rates.tolist() == pytest.approx([rate, 10 * rate, 10 * rate], rel=1e-9)
+    student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 3, bias=False)).double() for _ in range(2))
+    teacher.load_state_dict({"0.weight": golden.tensor("ema_teacher_w0")})
+    for step in range(4):
+        student.load_state_dict({"0.weight": golden.tensor("ema_student_w")[step]})
+        update_teacher(teacher, student, ema_decay(step, 0.99))
+        expected = golden.tensor("ema_teacher_w")[step]
+        torch.testing.assert_close(teacher[0].weight.data, expected, rtol=1e-5, atol=1e-8)
+
+
+# F: Copy-Paste
+@pytest.mark.parametrize("path", WHOLE, **by_stem)
+@pytest.mark.parametrize("query", ["q1", "q3", "qall", "qabsent", "qempty", "qwith0"])
+def test_copy_paste_is_the_authors(path, query):
+    golden = load_golden(path)
+    images, labels = golden.tensor("cp_images6"), golden.tensor("cp_labels2h")
+    image, label = copy_paste(
+        images[:, :3], labels[:, :33], images[:, 3:], labels[:, 33:],
+        golden[f"cp_{query}_classes"].tolist(),
+    )  # fmt: skip
+    assert torch.equal(image, golden.tensor(f"cp_{query}_images"))
+    assert torch.equal(label, golden.tensor(f"cp_{query}_labels"))
+
+
+def test_copy_paste_by_hand():
+    image, label = torch.zeros(2, 3, 1, 3), torch.tensor([[[0, IGNORE, 2]]] * 2)
+    others = torch.tensor([[[1, 2, IGNORE]], [[0, 0, 0]]])
+    pasted, labels = copy_paste(image, label, torch.ones(2, 3, 1, 3), others, [2, 0])
+    assert labels.tolist() == [[[0, 2, 2]], [[0, IGNORE, 2]]]
+    assert pasted[:, 0].tolist() == [[[0, 1, 0]], [[0, 0, 0]]]
+
+
+# G: CutMix by regions
+@pytest.mark.parametrize("path", GOLDENS, **by_stem)
+def test_boxes_are_the_authors(path):
+    golden = load_golden(path)
+    label, share = golden.tensor("cm_pred")[1:], float(golden["cm_thr"])
+    fallback = torch.tensor([[1, 2, 3, 4]])
+    rows = golden["cm_components"].astype(int)
+    for number in set(rows[:, 0].tolist()) | {20}:
+        classes = torch.tensor([number])
+        large = [row[1:5].tolist() for row in rows if row[0] == number and row[5] > share * 1600]
+        boxes = [
+            region_boxes(label, classes, torch.tensor([draw]), share, fallback)[0].tolist()
+            for draw in torch.linspace(0, 0.999, 60)
+        ]
+        found = {tuple(box) for box in boxes}
+        assert found == {tuple(box) for box in large} or (not large and found == {(1, 2, 3, 4)})
+    for case in golden["cm_box_cases"]:
+        if not case[1]:
+            number, box = int(case[0]), tuple(case[2:6].astype(int).tolist())
+            assert box in {tuple(row[1:5].tolist()) for row in rows if row[0] == number}
+    full = region_boxes(torch.full_like(label, 3), torch.tensor([3]), torch.zeros(1), 0, fallback)
+    assert golden["cm_fullcover_uses_fallback"] == 1 and torch.equal(full, fallback)
+
+
+@pytest.mark.parametrize("path", GOLDENS, **by_stem)
+def test_fallback_boxes_are_the_authors(path, monkeypatch):
+    golden = load_golden(path)
+    cases = [row.tolist() for row in golden["cm_fallback_size_and_u"]]
+    cases += [[40.0, *row[7:11]] for row in golden["cm_box_cases"] if row[1]]
+    expected = [row.tolist() for row in golden["cm_fallback_rect"]]
+    expected += [row[2:6].tolist() for row in golden["cm_box_cases"] if row[1]]
+    for (size, *draws), box in zip(cases, expected, strict=True):
+        left = [torch.tensor(part, dtype=torch.float64) for part in (draws[:1], draws[1:2], draws[2:])]
+        monkeypatch.setattr(torch, "rand", lambda *shape, **kw: left.pop(0).view(shape))
+        ours = draw_boxes(1, int(size), int(size), torch.Generator(), 1, (0.5, 0.5))
+        monkeypatch.undo()
+        assert ours[0, 0].tolist() == [int(v) for v in box]
+
+
+@pytest.mark.parametrize("path", GOLDENS, **by_stem)
+def test_presence_is_the_authors(path):
+    golden = load_golden(path)
+    label = golden.tensor("cm_pred")
+    for share, images in ((0.005, [2, 6]), (0.03, [2, 6]), (0.03, [4, 4])):
+        contains = golden.tensor("cmb_bank_before").T.bool()
+        contains.numpy()[images] = presence(label, 21, share).numpy()
+        expected = golden.tensor(f"cmb_after_thr{share}_i{images[0]}_j{images[1]}")
+        assert torch.equal(contains.T, expected.bool())
+
+
+@pytest.mark.parametrize("path", WHOLE, **by_stem)
+def test_mixing_is_the_authors(path):
+    """Labels and confidences mixed are those of the mixed logits."""
+    golden = load_golden(path)
+    mask = golden.tensor("cm_mask")[None, None].double()
+    mixed = paste(*golden.tensor("cm_images")[:, None], mask)
+    assert torch.equal(mixed[0], golden.tensor("cm_mixed_image"))
+    confidence, label = pseudo_labels(golden.tensor("cm_teacher_logits"))
+    confidence, label = (paste(*both[:, None], mask) for both in (confidence, label))
+    torch.testing.assert_close(confidence, golden.tensor("cm_conf"), rtol=1e-5, atol=1e-8)
+    for threshold in (0.0, 0.3, 0.7):
+        kept = label.where(confidence >= threshold, IGNORE)
+        assert torch.equal(kept, golden.tensor(f"cm_pseudo_thr{threshold}"))
+
+
+def test_regions_are_scipys():
+    from scipy import ndimage
+
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(3, 40, 47, generator=generator) < p for p in (0.3, 0.41, 0.6)]
+    spiral = torch.zeros(1, 40, 47, dtype=torch.bool)
+    for ring in range(0, 18, 2):
+        spiral[0, ring : 40 - ring, ring : 47 - ring] = True
+        spiral[0, ring + 1 : 39 - ring, ring + 1 : 46 - ring] = False
+        spiral[0, ring + 1, ring + 1 : ring + 2] = True
+    for mask in (*masks, spiral):
+        for inside, names in zip(mask, regions(mask), strict=True):
+            theirs, count = ndimage.label(inside, np.ones((3, 3)))
+            names = names.view_as(inside)[inside]
+            pairs = set(zip(names.tolist(), theirs[inside.numpy()].tolist(), strict=True))
+            assert len(pairs) == len(names.unique()) == count
