@@ -335,3 +335,132 @@ def test_regions_are_scipys():
             names = names.view_as(inside)[inside]
             pairs = set(zip(names.tolist(), theirs[inside.numpy()].tolist(), strict=True))
             assert len(pairs) == len(names.unique()) == count
+
+
+# K: whole steps
+class TwoHeads(nn.Module):
+    """The network of the step goldens; it remembers what its auxiliary head gave."""
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+        self.main, self.aux = nn.Conv2d(6, 21, 1), nn.Conv2d(6, 21, 1)
+        self.double().train()
+        self.load_state_dict(state)
+        self.aux_logits = []
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        features = self.bn(self.conv(image)).relu()
+        self.aux_logits.append(self.aux(features))
+        return self.main(features)
+
+
+@pytest.mark.parametrize("path", GOLDENS, **by_stem)
+def test_main_takes_the_authors_steps(path, quick, monkeypatch):
+    """`main` itself, four steps: losses, bank, membership, rates, both networks."""
+    from common.datasets import Shapes
+
+    golden = load_golden(path)
+    config = json.loads(str(golden["step_cfg_json"]))
+    images = golden.tensor("step_unsup_imgs")
+    first = golden["step_pick_u"] > 0.5
+    ids = np.where(first, *golden["step_unsup_batch_ids"].T).tolist()
+    sources = golden["step_bank_image"].tolist()
+
+    def net(name):
+        prefix = f"step_{name}_"
+        state = {k: v[0] for k, v in golden.part(prefix).items()}
+        return TwoHeads({k.replace("_", ".", 1): v for k, v in state.items()})
+
+    student, teacher = net("student"), net("teacher").requires_grad_(False)
+    unknown = torch.full((1, 24, 24), UNKNOWN)
+    streams = {"labeled": [], "unlabeled": [(images[[i]], unknown) for i in ids]}
+    chosen = {"pasted": [], "source": [(images[[i]], unknown) for i in sources]}
+    for t in range(4):
+        image = golden.tensor("step_sup_img6")[t % 3]
+        label = golden.tensor("step_sup_lab2h")[t % 3]
+        streams["labeled"].append((image[:, :3], label[:, :24]))
+        chosen["pasted"].append((image[:, 3:], label[:, 24:]))
+    monkeypatch.setattr(
+        ael, "make_chosen_batches", lambda args, data, ids, stream, *_: iter(chosen[stream])
+    )
+
+    # Two slots for the unlabeled image and two for its source, of which theirs fill one each.
+    monkeypatch.setattr(ael, "global_batch", lambda *_: [(ids[_[-1]], 0), (900, 0)])
+    contains, labels, losses, counted = [], [], [], []
+
+    class Preset(Bank):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.confidence = golden.tensor("step_bank0")[0]
+            self.pasted_classes[:] = False
+            for t, query in enumerate(golden["step_query"]):
+                self.pasted_classes[t, query[query >= 0]] = True
+                self.source_class[t] = int(golden["step_bank_class"][t])
+                self.source_image[t] = torch.tensor([sources[t], 901])
+
+        def update(self, *args):
+            super().update(*args)
+            after = self.contains.clone()
+            after.numpy()[self.last_images.numpy()] = self.last_seen.numpy()
+            contains.append(after[:5].T)
+
+    def consistency(logits, label, confidence, rate, _, gamma, world_size):
+        maps = golden.tensor("step_rand_maps")[len(losses) // 2, int(len(logits) == 1)]
+        uniform = maps.gather(0, logits.detach().argmax(1))
+        losses.append(consistency_loss(logits, label, confidence, rate, uniform, gamma))
+        return losses[-1]
+
+    def supervised(logits, label, kind):
+        labels.append(label)
+        loss = [
+            ohem_cross_entropy(x, label, config["ohem_thresh"], config["ohem_min_kept"])
+            for x in (logits, student.aux_logits[-2])
+        ]
+        return loss[0] + config["aux_weight"] * loss[1]
+
+    def sgd(networks, args, device):  # theirs decays every parameter
+        parts = [(1.0, [student.conv, student.bn]), (10.0, [student.main, student.aux])]
+        groups = [
+            {"params": [p for m in modules for p in m.parameters()], "lr_mult": mult}
+            for mult, modules in parts
+        ]
+        wd, momentum = config["weight_decay"], config["momentum"]
+        return torch.optim.SGD(groups, config["lr_backbone"], momentum, weight_decay=wd)
+
+    def remember_presence(label, num_classes, share):
+        counted.append(share)
+        return presence(label, num_classes, share)
+
+    masks = list(golden.tensor("step_box_mask")[:, None, None].double())
+    monkeypatch.setattr(ael, "Bank", Preset)
+    monkeypatch.setattr(ael, "consistency_loss", consistency)
+    monkeypatch.setattr(ael, "supervised_loss", supervised)
+    monkeypatch.setattr(ael, "make_optimizer", sgd)
+    monkeypatch.setattr(ael, "presence", remember_presence)
+    monkeypatch.setattr(ael, "fill_boxes", lambda *_: masks.pop(0))
+    monkeypatch.setattr(Shapes, "classes", tuple(f"class {i}" for i in range(21)))
+    args = quick(
+        Args, batch_size=2, steps=config["epochs"] * config["iters_per_epoch"], log_every=1,
+        lr=config["lr_backbone"], lambda_u=float(config["unsup_weight"]), ramp_up=0.0,
+        gamma=float(config["gamma"]), confidence_threshold=config["pseudo_threshold"],
+        min_presence=config["cutmix_bank_area_thresh"], min_region=config["box_area_thresh"],
+        bank_momentum=config["bank_momentum"], ema_decay=config["ema_decay"], eval_every=10**6,
+    )  # fmt: skip
+    states, rows = record_steps(ael, args, monkeypatch, student, teacher, streams)
+    assert len(states) == 4 and set(counted) == {0.01}
+    for t in range(4):
+        assert torch.equal(labels[t], golden.tensor("step_sup_label_after_paste")[t])
+        assert rows[t]["lr"] == pytest.approx(golden["step_lr"][t, 0], rel=1e-9)
+        assert rows[t]["loss/sup"] == pytest.approx(float(golden["step_loss_sup"][t]), rel=1e-5)
+        for number, which in ((0, 1), (1, 0)):  # ours begins with the mixed image
+            expected = float(golden["step_loss_cons"][t, which])
+            assert losses[2 * t + number].item() == pytest.approx(expected, rel=1e-5)
+        bank = [value for key, value in rows[t].items() if key.startswith("pseudo/bank/")]
+        assert bank == pytest.approx(golden["step_bank"][t].tolist(), rel=1e-5)
+        assert torch.equal(contains[t], golden.tensor("step_cutmix_bank")[t].bool())
+        for name, state in zip(("student", "teacher"), states[t], strict=True):
+            for key, value in state.items():
+                expected = golden.tensor(f"step_{name}_{key.replace('.', '_')}")[t + 1]
+                torch.testing.assert_close(value, expected, rtol=2e-4, atol=1e-6)
