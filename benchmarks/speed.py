@@ -120,12 +120,38 @@ def classmix_floor(f: Floor):
     return teacher_floor(f, 1, lambda logits, t: f.script.cross_entropy(logits, t.argmax(1)))
 
 
+def ael_floor(f: Floor):
+    """Teacher on labeled images and on pairs; consistency on labeled and mixed images."""
+    student = f.network()
+    teacher = f.script.make_teacher(student, f.args)
+    optimizer = f.optimizer(student)
+    labeled, mixed, label = f.image(), f.image(), f.label()
+    pair, rate = torch.cat([f.image(), f.image()]), torch.ones(f.classes, device=f.device)
+
+    def step():
+        with torch.no_grad(), f.autocast:
+            targets = [t.softmax(1).max(1) for t in (teacher(labeled), teacher(pair))]
+        with f.autocast:
+            logits = student(labeled), student(mixed)
+        loss = f.script.cross_entropy(logits[0], label)
+        for student_logits, (confidence, target) in zip(logits, targets, strict=True):
+            n = len(student_logits)
+            loss = loss + f.script.consistency_loss(
+                student_logits, target[:n], confidence[:n], rate, torch.ones_like(confidence[:n])
+            )
+        f.update(loss, optimizer)
+        f.script.update_teacher(teacher, student, 0.99)
+
+    return step
+
+
 FLOORS = {
     "supervised": supervised_floor,
     "cps": cps_floor,
     "mean_teacher": mean_teacher_floor,
     "cutmix_mt": cutmix_mt_floor,
     "classmix": classmix_floor,
+    "ael": ael_floor,
 }
 
 

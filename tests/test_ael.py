@@ -286,7 +286,9 @@ def test_fallback_boxes_are_the_authors(path, monkeypatch):
     expected = [row.tolist() for row in golden["cm_fallback_rect"]]
     expected += [row[2:6].tolist() for row in golden["cm_box_cases"] if row[1]]
     for (size, *draws), box in zip(cases, expected, strict=True):
-        left = [torch.tensor(part, dtype=torch.float64) for part in (draws[:1], draws[1:2], draws[2:])]
+        left = [
+            torch.tensor(part, dtype=torch.float64) for part in (draws[:1], draws[1:2], draws[2:])
+        ]
         monkeypatch.setattr(torch, "rand", lambda *shape, **kw: left.pop(0).view(shape))
         ours = draw_boxes(1, int(size), int(size), torch.Generator(), 1, (0.5, 0.5))
         monkeypatch.undo()
@@ -464,3 +466,235 @@ def test_main_takes_the_authors_steps(path, quick, monkeypatch):
             for key, value in state.items():
                 expected = golden.tensor(f"step_{name}_{key.replace('.', '_')}")[t + 1]
                 torch.testing.assert_close(value, expected, rtol=2e-4, atol=1e-6)
+
+
+# Runs
+@pytest.mark.parametrize("flags", [
+    {}, {"gamma": 0.0, "sampling": False, "adaptive_cutmix": False, "copy_paste": False},
+    {"accumulate": 2, "confidence_threshold": 0.3, "bank_absent": "keep"},
+], ids=str)  # fmt: skip
+def test_it_trains(quick, flags):
+    flags = {"log_pseudo_accuracy": True, "bank_momentum": 0.9} | flags
+    args = quick(Args, steps=40, log_every=1, lr=3e-3, **flags, **active(ael))
+    rows = read_log(main(args)["run_dir"])
+    loss = [row["loss/sup"] for row in rows]
+    assert sum(loss[-10:]) < 0.9 * sum(loss[:10])
+    assert all(row["loss/cons"] > 0 for row in rows)
+    assert all(0 < row["pseudo/rate"] <= 1 and 0 < row["pseudo/box"] <= 1 for row in rows)
+    assert 0 < rows[-1]["pseudo/accuracy"] <= 1
+    assert 0.05 < rows[-1]["pseudo/bank/background"] < 1
+    assert (rows[-1]["pseudo/rate"] < 1) == args.sampling
+
+
+FLAGS = [
+    {"gamma": 0.0}, {"sampling": False}, {"copy_paste": False}, {"paste_draws": 4},
+    {"paste_exclude": (0, 1, 2, 3)}, {"paste_any": True}, {"adaptive_cutmix": False},
+    {"min_region": 0.5}, {"bank_momentum": 0.5}, {"bank_absent": "keep"},
+    {"labeled_consistency": False}, {"confidence_threshold": 0.4}, {"lambda_u": 3.0},
+    {"ramp_up": 0.9}, {"ema_decay": 0.3}, {"ema_warmup": False}, {"head_lr_mult": 3.0},
+]  # fmt: skip
+
+
+def test_flags_have_their_effects(quick):
+    def saved(name, **flags):
+        flags = {"bank_momentum": 0.2, "steps": 3, "batch_size": 8} | active(ael) | flags
+        result = main(quick(Args, exp_name=name, **flags))
+        return torch.load(f"{result['run_dir']}/last.pt", weights_only=True)
+
+    plain = saved("plain")
+    for number, flags in enumerate(FLAGS):
+        other = saved(f"n{number}", **flags)["teacher"]
+        assert any(not torch.equal(v, other[key]) for key, v in plain["teacher"].items()), flags
+    # Which classes an image is taken to have shows in the choices alone, AHEAD steps later.
+    other = saved("presence", min_presence=0.5)["bank"]
+    assert not torch.equal(plain["bank"]["last_seen"], other["last_seen"])
+    assert plain["evaluated"] == "teacher"
+    assert saved("student", evaluate="student")["evaluated"] == "student"
+
+
+@pytest.mark.parametrize("flags", [
+    {"gamma": -1.0}, {"paste_draws": 0}, {"paste_exclude": (-1,)}, {"paste_exclude": (0, 8)},
+    {"paste_exclude": tuple(range(8))}, {"min_region": 1.5}, {"min_presence": -0.1},
+    {"bank_momentum": 1.1}, {"confidence_threshold": -0.5}, {"ema_decay": 1.5}, {"ramp_up": 2.0},
+    {"lambda_u": -1.0}, {"head_lr_mult": -1.0},
+], ids=str)  # fmt: skip
+def test_bad_flags(quick, flags):
+    with pytest.raises(ael.UserError, match=next(iter(flags)).replace("_", "-")):
+        main(quick(Args, **flags))
+
+
+def test_paper_rows():
+    rows = {name: ael.resolve(Args(dataset=name)) for name in ("voc", "cityscapes")}
+    for args in rows.values():  # 0.01 and 1e-4, divided and multiplied by eight processes
+        assert (args.lr, args.head_lr_mult, args.weight_decay) == (0.00125, 10, 8e-4)
+        assert (args.batch_size, args.gamma, args.bank_momentum) == (16, 2, 0.999)
+        assert (args.lambda_u, args.ramp_up, args.ema_decay) == (1, 0, 0.99)
+    voc, cityscapes = rows.values()
+    assert (voc.crop_size, cityscapes.crop_size) == (513, 769)
+    assert (voc.steps, cityscapes.steps) == (46_320, 32_600)
+    assert ael.resolve(Args(split="cps:1/2")).steps == 26_480
+    assert (voc.confidence_threshold, cityscapes.confidence_threshold) == (0.7, 0)
+    assert (voc.paste_draws, voc.min_region, voc.min_presence) == (1, 0.03, 0.03)
+    assert (cityscapes.paste_draws, cityscapes.min_region) == (3, 0.005)
+    assert (cityscapes.min_presence, cityscapes.paste_exclude) == (0.01, (0, 1, 2, 8, 10))
+    assert len(ael.PASTE_SCALES) == 20 and ael.PASTE_SCALES[0] == 0.1
+    assert all(set(row) == set(PAPER["voc"]) for row in PAPER.values())
+
+
+def test_unlabeled_labels_are_never_read(quick, monkeypatch):
+    assert_unlabeled_labels_are_not_read(ael, quick, monkeypatch)
+
+
+def test_bf16_keeps_every_gradient_and_the_bank_in_fp32(quick):
+    result = main(quick(Args, amp="bf16", steps=2, lr=1e-2, **active(ael)))
+    checkpoint = torch.load(f"{result['run_dir']}/last.pt", weights_only=True)
+    for number, moments in checkpoint["optimizer"]["state"].items():
+        assert moments["exp_avg"].abs().max() > 0, f"parameter {number} got no gradient"
+    assert checkpoint["bank"]["confidence"].dtype == torch.float32
+    # A step of 0.001 is below the resolution of bf16 near 1, not of fp32.
+    bank = torch.tensor([0.9])
+    assert update_confidence(bank, torch.ones(1), torch.ones(1)) > bank
+
+
+def test_workers_and_a_resume_change_nothing(quick, monkeypatch):
+    """Beyond AHEAD steps, so that images are used that the bank chose."""
+    from test_resume import stop_after
+
+    flags = {"steps": AHEAD + 4, "bank_momentum": 0.5, "paste_draws": 2, **active(ael)}
+    whole = main(quick(Args, exp_name="whole", **flags))
+    args = quick(Args, exp_name="stopped", num_workers=1, **flags)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(ael, patch, AHEAD + 1)
+        main(args)
+    assert_same(weights(whole["run_dir"]), weights(main(args)["run_dir"]))
+
+
+def bank_of(args, images=30, classes=8):
+    index = torch.ones(8, classes, dtype=torch.bool)
+    return Bank(args, classes, images, index, torch.device("cpu"))
+
+
+def test_the_bank_chooses_ahead(quick):
+    """A class that does badly is chosen more often, from images that have it, AHEAD steps later."""
+    args = ael.resolve(quick(Args, batch_size=64))
+    bank = bank_of(args)
+    assert (bank.last_confidence == 0).all() and bank.pasteable == [1, 2, 3, 4, 5, 6, 7]
+    before = {name: getattr(bank, name).clone() for name in Bank.STATE}
+    good = torch.ones(8)
+    good[5] = 0  # e times as likely as another
+    seen = torch.zeros(2, 64, 8)
+    ids = [i for i, _ in global_batch(30, 64, args.seed, "unlabeled", 0)]
+    seen[0, ids.index(17), 5] = 1  # of several views of one image the last counts
+    seen[0, [n for n, i in enumerate(ids) if i == 17], 5] = 1
+    sources = bank.source_image[0].tolist()
+    seen[1, [n for n, i in enumerate(sources) if i == 17], 5] = 1
+    bank.update(0, good, seen)
+    bank.update(1, good, seen * 0)
+    assert bank.contains[17, 5] and bank.contains.sum() == 1
+    row = 1 % AHEAD  # of step 1 + AHEAD, the first that knows of step 0
+    chosen = bank.source_class[row] == 5
+    assert 0.15 < chosen.float().mean() < 0.5  # e / (e + 7) = 0.28
+    assert (bank.source_image[row][chosen] == 17).all()
+    assert len(bank.source_image[row][~chosen].unique()) > 10
+    assert 0.3 < (bank.pasted_image[row] >= 0).float().mean() < 0.7
+    for name in ("source_class", "source_image", "pasted_image"):  # rows of the steps to come
+        assert torch.equal(before[name][2:], getattr(bank, name)[2:])
+    other = bank_of(args)
+    other.load_state_dict(bank.state_dict())
+    assert all(torch.equal(getattr(bank, name), getattr(other, name)) for name in Bank.STATE)
+
+
+def test_pasted_images_contain_a_drawn_class(quick):
+    index = torch.eye(8, dtype=torch.bool)
+    for paste_any in (False, True):
+        args = ael.resolve(quick(Args, batch_size=16, paste_draws=2, paste_any=paste_any))
+        bank = Bank(args, 8, 30, index, torch.device("cpu"))
+        right = []
+        for images, classes in zip(bank.pasted_image, bank.pasted_classes, strict=True):
+            images, drawn = images[images >= 0].tolist(), classes.nonzero().flatten().tolist()
+            assert 1 <= len(drawn) <= 2 and 0 not in drawn
+            right += [image in drawn for image in images]
+        assert all(right) != paste_any and any(right)
+    rare = index.clone()
+    rare[:, 3] = False  # no image has it: it is never drawn
+    assert Bank(args, 8, 30, rare, torch.device("cpu")).pasteable == [1, 2, 4, 5, 6, 7]
+
+
+def test_chosen_batches_are_those_of_one_process(quick):
+    from common.datasets import open_data
+
+    args = ael.resolve(quick(Args, batch_size=4, accumulate=2))
+    data, split = open_data("shapes", "data", "8")
+    chosen = torch.arange(AHEAD * 4).view(AHEAD, 4).remainder(8)
+    chosen[:, 1] = -1
+
+    def batches(rank, world_size, steps, **flags):
+        stream = ael.make_chosen_batches(
+            ael.replace(args, **flags), data, split.labeled, "pasted", chosen, ael.PASTE_SCALES,
+            2, rank, world_size, torch.device("cpu"),
+        )  # fmt: skip
+        return [next(stream) for _ in range(steps)]
+
+    one = batches(0, 1, 4)
+    two = [batches(rank, 2, 4) for rank in (0, 1)]
+    more = batches(0, 1, 4, num_workers=2)
+    for step in range(2):
+        micro = one[2 * step : 2 * step + 2]
+        halves = [pair for rank in two for pair in rank[2 * step : 2 * step + 2]]
+        for part in (0, 1):
+            whole = torch.cat([batch[part] for batch in micro])
+            assert torch.equal(whole, torch.cat([half[part] for half in halves]))
+            assert torch.equal(whole, torch.cat([b[part] for b in more[2 * step : 2 * step + 2]]))
+    assert not one[0][1][1].any() and one[0][1][0].any()  # nothing to paste: label 0
+    # Images are chosen up to the batch in preparation, not beyond.
+    start = chosen.clone()
+    stream = ael.make_chosen_batches(
+        ael.replace(args, accumulate=1), data, split.labeled, "pasted", chosen, (1.0,), 0, 0, 1,
+        torch.device("cpu"),
+    )  # fmt: skip
+    chosen[:] = -1  # before the first `next`, as a resumed run loads its choices
+    assert not next(stream)[1].any() and start.any()
+
+
+def test_loaders_never_need_a_choice_that_is_not_made(quick, monkeypatch):
+    """With any number of workers no row is read more than AHEAD - 1 steps before its use."""
+    made = {}
+    loader = ael.DataLoader
+
+    def remember(dataset, batch_sampler=None, num_workers=0, **rest):
+        if isinstance(dataset, ael.ChosenSamples):
+            made[num_workers] = loader(dataset, batch_sampler=batch_sampler, **rest)
+            return made[num_workers]
+        return loader(dataset, batch_sampler=batch_sampler, num_workers=0, **rest)
+
+    monkeypatch.setattr(ael, "DataLoader", remember)
+    main(quick(Args, num_workers=16, steps=1))
+    assert set(made) == {4} and 2 * max(made) <= AHEAD - 1
+
+
+def test_class_index_is_that_of_the_labels():
+    from common.datasets import open_data
+
+    data, split = open_data("shapes", "data", "8")
+    index = ael.class_index(data, split.labeled, 0)
+    for row, image_id in zip(index, split.labeled, strict=True):
+        label = data.load(image_id)[1]
+        assert row.nonzero().flatten().tolist() == label[label != IGNORE].unique().tolist()
+
+
+def test_accumulated_micro_batches_have_the_bank_of_the_whole_batch(quick, monkeypatch):
+    """The bank moves once per step, by all of its pixels."""
+    from test_supervised import freeze_batchnorm
+
+    freeze_batchnorm(monkeypatch, ael)
+    banks = [
+        torch.load(main(quick(Args, steps=1, accumulate=n, exp_name=f"n{n}"))["run_dir"] + "/last.pt")
+        for n in (1, 2)
+    ]  # fmt: skip
+    for name in ("confidence", "last_seen", "last_images"):
+        torch.testing.assert_close(banks[0]["bank"][name], banks[1]["bank"][name])
+
+
+def test_fill_of_a_box():
+    mask = fill_boxes(torch.tensor([[[1, 2, 3, 4]]]), 5, 6)
+    assert mask.sum() == 4 and mask[0, 0, 1:3, 2:4].all()
