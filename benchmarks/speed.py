@@ -233,6 +233,31 @@ def dcc_floor(f: Floor):
     return step
 
 
+def ael_floor(f: Floor):
+    """Teacher on labeled images and on pairs; consistency on labeled and mixed images."""
+    student = f.network()
+    teacher = f.script.make_teacher(student, f.args)
+    optimizer = f.optimizer(student)
+    labeled, mixed, label = f.image(), f.image(), f.label()
+    pair, rate = torch.cat([f.image(), f.image()]), torch.ones(f.classes, device=f.device)
+
+    def step():
+        with torch.no_grad(), f.autocast:
+            targets = [t.softmax(1).max(1) for t in (teacher(labeled), teacher(pair))]
+        with f.autocast:
+            logits = student(labeled), student(mixed)
+        loss = f.script.cross_entropy(logits[0], label)
+        for student_logits, (confidence, target) in zip(logits, targets, strict=True):
+            n = len(student_logits)
+            loss = loss + f.script.consistency_loss(
+                student_logits, target[:n], confidence[:n], rate, torch.ones_like(confidence[:n])
+            )
+        f.update(loss, optimizer)
+        f.script.update_teacher(teacher, student, 0.99)
+
+    return step
+
+
 FLOORS = {
     "supervised": supervised_floor,
     "cps": cps_floor,
@@ -243,6 +268,7 @@ FLOORS = {
     "gct": gct_floor,
     "cmb": cmb_floor,
     "dcc": dcc_floor,
+    "ael": ael_floor,
 }
 
 
