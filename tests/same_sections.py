@@ -77,12 +77,16 @@ def copied(name: str) -> dict[str, str]:
 def definitions(name: str) -> dict[str, str]:
     """Top-level functions, classes and constants with their text."""
     text = (ROOT / f"{name}.py").read_text()
-    found = {}
+    lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found[node.name] = ast.get_source_segment(text, node)
+            key = node.name
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = ast.get_source_segment(text, node)
+            key = node.targets[0].id
+        else:
+            continue
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        found[key] = "\n".join(lines[first - 1 : node.end_lineno])
     return found
 
 

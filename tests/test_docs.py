@@ -43,8 +43,8 @@ def test_every_method_flag_is_documented(script):
     module = SCRIPTS[script]
     page = (ROOT / f"docs/{script}.md").read_text()
     own = {field.name for field in fields(module.Args)} - {f.name for f in fields(module.RunArgs)}
-    for name in own:
-        assert f"--{name.replace('_', '-')}" in page or f"--no-{name}" in page, name
+    for flag in (name.replace("_", "-") for name in own):
+        assert f"--{flag}" in page or f"--no-{flag}" in page, flag
 
 
 def test_readme_is_short_and_its_test_command_is_the_one_ci_runs():
