@@ -1,8 +1,9 @@
-"""Every script on shapes and CamVid over several seeds: commands, runs, and the README's tables.
+"""Every script on shapes and CamVid over several seeds: commands, runs, and the tables.
 
     python benchmarks/quality.py shapes                   # print the commands (a dry run)
     python benchmarks/quality.py shapes --workers 1       # run them, one at a time; resumable
     python benchmarks/quality.py shapes --rows cps --workers 1 --log-pseudo-accuracy
+    python benchmarks/quality.py ablation --workers 1     # AEL on shapes without its parts
     python benchmarks/quality.py shapes --table           # results/shapes.jsonl -> README.md
 
 A run that is complete is not repeated, a killed one continues. Seeds are paired: seed s of every
@@ -30,22 +31,47 @@ SCRIPTS = [
 SPLITS = {
     "shapes": ("20", "20 of 1,024 labels", 1_000),
     "camvid": ("1/8", "1/8 (46 of 367 labels)", 500),
+    "ablation": ("20", "AEL on 20 of 1,024 labels", 1_000),
 }
+RARE = {"shapes": ("ring", "wire", "tent"), "camvid": ("bicyclist", "pedestrian", "pole")}
+RARE["ablation"] = RARE["shapes"]
+PAGES = {"ablation": "docs/ael.md"}  # that hold a table; the README for the others
+# AEL's parts: dynamic re-weighting, adaptive sampling, adaptive CutMix, adaptive Copy-Paste.
+PARTS = {
+    "DR": ["--gamma", "0"], "AES": ["--no-sampling"], "ACM": ["--no-adaptive-cutmix"],
+    "ACP": ["--no-copy-paste"],
+}  # fmt: skip
+# The rows of the paper's table, each with the parts that are on.
+ABLATION = {
+    "none": (), "DR": ("DR",), "AES": ("AES",), "ACM": ("ACM",), "ACP": ("ACP",),
+    "DR AES": ("DR", "AES"), "DR AES ACM": ("DR", "AES", "ACM"), "all": tuple(PARTS),
+}  # fmt: skip
 
 
 def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
     """Rows of the table (or those named), framed by labels-only and all-labels, times seeds."""
     split, _, steps = SPLITS[dataset]
-    rows = [("labels only", "supervised", split), *((name, name, split) for name in SCRIPTS)]
-    rows.append(("all labels", "supervised", "full"))
+    if dataset == "ablation":
+        rows = [(row, "ael", split, without(parts)) for row, parts in ABLATION.items()]
+    else:
+        rows = [("labels only", "supervised", split, [])]
+        rows += [(name, name, split, []) for name in SCRIPTS]
+        rows.append(("all labels", "supervised", "full", []))
+    data = "shapes" if dataset == "ablation" else dataset
     found = []
-    for row, script, which in rows:
+    for row, script, which, more in rows:
         for seed in range(seeds if not only or row in only else 0):
-            flags = ["--dataset", dataset, "--split", which, "--seed", str(seed)]
+            flags = ["--dataset", data, "--split", which, "--seed", str(seed)]
             flags += ["--steps", str(steps)]
             flags += ["--split-seed", str(seed)] if which != "full" else []
-            found.append({"row": row, "script": script, "seed": seed, "flags": flags})
+            found.append({"row": row, "script": script, "seed": seed, "flags": flags + more})
     return found
+
+
+def without(parts: tuple[str, ...]) -> list[str]:
+    """Flags of AEL that leave these parts on, and a name for its run directory."""
+    flags = [word for part, words in PARTS.items() if part not in parts for word in words]
+    return [*flags, "--exp-name", "-".join(["ael", *(parts or ["none"])])] if flags else []
 
 
 def command(experiment: dict, extra: list[str]) -> list[str]:
@@ -95,7 +121,7 @@ def read(dataset: str) -> list[dict]:
 
 def place(row: dict) -> tuple[int, int]:
     """Of a result in the table."""
-    return ["labels only", *SCRIPTS, "all labels"].index(row["row"]), row["seed"]
+    return ["labels only", *SCRIPTS, "all labels", *ABLATION].index(row["row"]), row["seed"]
 
 
 def add(dataset: str, new: list[dict]) -> None:
@@ -109,41 +135,51 @@ def add(dataset: str, new: list[dict]) -> None:
 
 
 def table(dataset: str) -> str:
-    """Markdown: mean and standard deviation of the last mIoU, gain over labels-only, curve."""
-    rows = read(dataset)
+    """Markdown: last mIoU, difference from the first row, IoU of the rarest classes."""
+    rows, rare = read(dataset), RARE[dataset]
     names = list(dict.fromkeys(row["row"] for row in rows))
     last = {n: {r["seed"]: 100 * r["last"] for r in rows if r["row"] == n} for n in names}
-    steps = [step for step, _ in rows[0]["curve"]]
-    shown = steps[1::2] if len(steps) > 5 else steps
-    head = f"| {dataset}, {SPLITS[dataset][1]} | mIoU (last) | over labels-only | each seed |"
-    lines = [head + "".join(f" step {s} |" for s in shown)]
-    lines.append("|---|---|---|---|" + "---|" * len(shown))
+    first, title = names[0], f"{dataset}, {SPLITS[dataset][1]}"
+    lines = [
+        f"| {title} | mIoU | over {first} | {', '.join(rare)} | each seed |",
+        "|---|---|---|---|---|",
+    ]
     for name in names:
-        values = list(last[name].values())
-        gains = [value - last["labels only"][seed] for seed, value in last[name].items()]
-        gain = f"{statistics.mean(gains):+.1f}" if name != "labels only" else ""
-        each = ", ".join(f"{value:.1f}" for value in values)
-        curves = [dict(map(tuple, r["curve"])) for r in rows if r["row"] == name]
-        curve = [f"{100 * statistics.mean(c[s] for c in curves):.1f}" for s in shown]
-        mean = f"{statistics.mean(values):.1f}"
-        if len(values) > 1:
-            mean += f" ± {statistics.stdev(values):.1f}"
-        lines.append(f"| {name} | {mean} | {gain} | {each} | {' | '.join(curve)} |")
-    origin = rows[0]
-    seeds = len(last[names[0]])
+        gains = [value - last[first][seed] for seed, value in last[name].items()]
+        of_rare = [
+            100 * statistics.mean(row["iou"][c] for c in rare) for row in rows if row["row"] == name
+        ]
+        cells = [
+            mean(last[name].values(), statistics.stdev),
+            mean(gains, standard_error, "+") if name != first else "",
+            mean(of_rare, statistics.stdev),
+            ", ".join(f"{value:.1f}" for value in last[name].values()),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    origin, seeds, up = rows[0], len(last[first]), "../" if dataset in PAGES else ""
     commits = ", ".join(dict.fromkeys(row["commit"][:8] for row in rows))
-    lines.append("")
-    lines.append(
-        f"{seeds} seed{'s' * (seeds > 1)} (± standard deviation), {origin['steps']} steps, "
-        f"{origin['device']}, torch {origin['torch']}, "
-        f"commit{'s' * (',' in commits)} {commits}; commands and curves in "
-        f"[benchmarks/results/{dataset}.jsonl](benchmarks/results/{dataset}.jsonl)."
-    )
+    spread = "s, paired (± standard deviation; differences: ± standard error)"
+    lines += [
+        "",
+        f"{seeds} seed{spread if seeds > 1 else ''}, {origin['steps']} steps, {origin['device']}, "
+        f"torch {origin['torch']}, commit{'s' * (',' in commits)} {commits}; commands and curves "
+        f"in [benchmarks/results/{dataset}.jsonl]({up}benchmarks/results/{dataset}.jsonl).",
+    ]
     return "\n".join(lines)
 
 
+def mean(values, spread, sign: str = "") -> str:
+    values = list(values)
+    text = f"{statistics.mean(values):{sign}.1f}"
+    return f"{text} ± {spread(values):.1f}" if len(values) > 1 else text
+
+
+def standard_error(values) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
 def write_table(dataset: str) -> None:
-    path = ROOT / "README.md"
+    path = ROOT / PAGES.get(dataset, "README.md")
     begin, end = f"<!-- {dataset} table -->", f"<!-- end of {dataset} table -->"
     before, rest = path.read_text().split(begin)
     after = rest.split(end)[1]
@@ -157,7 +193,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0 prints only")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="per run")
     parser.add_argument("--rows", nargs="+", default=[], help="of the table; all without")
-    parser.add_argument("--table", action="store_true", help="write the table into README.md")
+    parser.add_argument("--table", action="store_true", help="write the table into its page")
     flags, extra = parser.parse_known_args()  # the rest goes to the scripts
     todo = experiments(flags.dataset, flags.seeds, flags.rows)
     if flags.table:
