@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                                   # CPU, resnet14, shapes-size crops
     python benchmarks/speed.py --device cuda --backbone resnet50 --crop-size 512 --amp bf16
+    python benchmarks/speed.py --table                           # results/speed.jsonl -> README.md
 
 The floor of a script is its forwards, losses, backward, optimizer step and EMA on tensors that are
 already in memory. Blocks of the script's own loop (`main`, with its loading, logging and
@@ -11,6 +12,7 @@ checks) and blocks of the floor alternate in one process; the ratio of the media
 import argparse
 import importlib
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -327,9 +329,11 @@ def measure(name: str, flags, blocks: int) -> dict:
         "ratio": seconds["script"] / seconds["floor"], "ratio_standard_error": spread,
         "blocks": len(ratios), "steps_per_block": BLOCK - SKIPPED,
     }  # fmt: skip
+    # Of the process, with the floor's networks, on a CPU.
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
-        result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-    return result
+        memory = torch.cuda.max_memory_allocated()
+    return result | {"peak_memory_gb": memory / 1e9}
 
 
 def loader(data_root: str, crop_size: int, seconds: float) -> dict:
@@ -353,6 +357,41 @@ def loader(data_root: str, crop_size: int, seconds: float) -> dict:
     return {"loader": "camvid", "crop_size": crop_size, "images_per_s_per_worker": rates}
 
 
+def table() -> str:
+    """Markdown: the latest row of every script, and of the loader."""
+    path = ROOT / "benchmarks" / "results" / "speed.jsonl"
+    rows = {}
+    for row in map(json.loads, path.read_text().splitlines()):
+        rows[row.get("script", "loader")] = row
+    rates = rows.pop("loader")["images_per_s_per_worker"]
+    lines = ["| script | step | floor | step / floor | peak memory |", "|---|---|---|---|---|"]
+    for name in (name for name in FLOORS if name in rows):
+        row = rows[name]
+        lines.append(
+            f"| `{name}.py` | {row['step_s']:.2f} s | {row['floor_s']:.2f} s | "
+            f"{row['ratio']:.3f} ± {row['ratio_standard_error']:.3f} | "
+            f"{row['peak_memory_gb']:.1f} GB |"
+        )
+    flags, where = row["flags"], f"{row['machine']}, torch {row['torch']}"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows.values()))
+    lines += [
+        "",
+        f"{flags['dataset']}, {flags['backbone']}, batch {flags['batch_size']}, crop "
+        f"{flags['crop_size']}, {where}, commit {commits}. The floor is the "
+        "same forwards, losses, backward, optimizer and EMA steps on tensors already in memory; "
+        "steps of both were timed by turns (± standard error). The loader decodes, augments and "
+        f"crops (320) {rates['labeled']:.0f} labeled or {rates['unlabeled']:.0f} unlabeled images "
+        "of CamVid per second and worker.",
+    ]
+    return "\n".join(lines)
+
+
+def write_table() -> None:
+    path, begin, end = ROOT / "README.md", "<!-- speed table -->", "<!-- end of speed table -->"
+    before, rest = path.read_text().split(begin)
+    path.write_text(f"{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scripts", nargs="+", default=list(FLOORS), choices=list(FLOORS))
@@ -370,7 +409,15 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--loader", action="store_true", help="measure the CamVid loader instead")
     parser.add_argument("--out", default=None, help="append the rows to this .jsonl file")
+    parser.add_argument("--table", action="store_true", help="write the table into README.md")
     flags = parser.parse_args()
+    if flags.table:
+        return write_table()
+    if len(flags.scripts) > 1 and not flags.loader:  # each in a process of its own, for its memory
+        for name in flags.scripts:
+            command = [sys.executable, __file__, *sys.argv[1:], "--scripts", name]
+            subprocess.run(command, check=True)
+        return
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
