@@ -363,7 +363,7 @@ def regions(mask: torch.Tensor) -> torch.Tensor:
     Regions of 1 hold together over sides and corners, those of 0 over sides only. The outermost
     rows and columns must be 0. Labels sink to the lowest of their neighbors, and take along the
     pixel that they stand for (union-find on all pixels at once): the number of rounds grows as the
-    logarithm of the side, without looking whether any pixel still changes.
+    logarithm of the side. A GPU does them all, since to look for changes it would have to wait.
     """
     batch, height, width = mask.shape
     last = height * width
@@ -377,9 +377,11 @@ def regions(mask: torch.Tensor) -> torch.Tensor:
             beside = torch.minimum(ones.roll(1, dim), ones.roll(-1, dim))
             ones = torch.minimum(ones, beside)
         lowest = torch.minimum(label, torch.where(mask, ones, zeros).flatten(1))
-        label = lowest.scatter_reduce(1, label, lowest, "amin")
+        before, label = label, lowest.scatter_reduce(1, label, lowest, "amin")
         label = label.gather(1, label)
         label = label.gather(1, label)
+        if mask.device.type == "cpu" and torch.equal(label, before):
+            break
     return label.view_as(mask)
 
 
