@@ -1,7 +1,7 @@
 """The README's pictures: learning curves, and the pseudo-labels of one image over a run.
 
-    python benchmarks/pictures.py curves           # results/shapes.jsonl -> results/shapes.png
-    python benchmarks/pictures.py pseudo classmix  # trains, ~5 minutes -> results/classmix.png
+python benchmarks/pictures.py curves           # results/shapes.jsonl -> results/shapes.png
+python benchmarks/pictures.py pseudo classmix  # trains, ~5 minutes -> results/classmix.png
 """
 
 import argparse

@@ -178,12 +178,36 @@ def standard_error(values) -> float:
     return statistics.stdev(values) / len(values) ** 0.5
 
 
-def write_table(dataset: str) -> None:
-    path = ROOT / PAGES.get(dataset, "README.md")
-    begin, end = f"<!-- {dataset} table -->", f"<!-- end of {dataset} table -->"
+def results(script: str) -> str:
+    """Markdown: a script's rows of the tables, for its page."""
+    shown = ["labels only", *([script] if script != "supervised" else []), "all labels"]
+    lines = [f"| data set | {' | '.join(shown)} | steps, seeds |", "|---" * (len(shown) + 2) + "|"]
+    for dataset in ("shapes", "camvid"):
+        rows = [row for row in read(dataset) if row["row"] in shown]
+        cells = []
+        for name in shown:
+            values = [100 * row["last"] for row in rows if row["row"] == name]
+            cells.append(mean(values, statistics.stdev) if values else "")
+        if script in [row["row"] for row in rows] or script == "supervised":
+            seeds = len({row["seed"] for row in rows if row["row"] in shown[-2:]})
+            length = f"{rows[0]['steps']:,}, {seeds}"
+            title = f"{dataset}, {SPLITS[dataset][1]}"
+            lines.append(f"| {title} | {' | '.join(cells)} | {length} |")
+    lines += ["", "mIoU in % of the last checkpoint (± standard deviation); the README has more."]
+    return "\n".join(lines)
+
+
+def write(path: Path, name: str, text: str) -> None:
+    """Put a text between its two markers in a page."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, rest = path.read_text().split(begin)
-    after = rest.split(end)[1]
-    path.write_text(f"{before}{begin}\n{table(dataset)}\n{end}{after}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def write_table(dataset: str) -> None:
+    write(ROOT / PAGES.get(dataset, "README.md"), f"{dataset} table", table(dataset))
+    for script in ("supervised", *SCRIPTS):
+        write(ROOT / f"docs/{script}.md", "results", results(script))
 
 
 def main() -> None:
