@@ -239,7 +239,7 @@ PAPER["folder"] = PAPER["voc"] | {"split": "labeled.txt", "paste_exclude": ()}
 # === method ===
 AHEAD = 9  # steps between the choice of images and their use, while loader processes fetch them
 # Half of the pasted images are made smaller, down to a tenth, half larger, up to twice.
-PASTE_SCALES = tuple(i / 10 for i in (*range(1, 11), *range(10, 20)))
+PASTE_SCALES = tuple(i / 10 for i in (*range(1, 11), *range(11, 21)))
 
 
 def class_masks(label: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -454,7 +454,7 @@ class Bank:
         if max(exclude, default=0) >= num_classes:
             raise UserError(f"--paste-exclude {exclude}: class ids end at {num_classes - 1}")
         self.pasteable = [c for c in range(num_classes) if index[:, c].any() and c not in exclude]
-        if not self.pasteable:
+        if args.copy_paste and not self.pasteable:
             raise UserError(
                 f"--paste-exclude {exclude}: leaves no class of the labeled images to paste; name "
                 "fewer, or use --no-copy-paste"
@@ -509,9 +509,10 @@ class Bank:
         self.last_images = torch.cat([ids, self.source_image[step % AHEAD]])
         self.choose(step + AHEAD)
         self.confidence = confidence
-        self.last_confidence.copy_(confidence, non_blocking=True)
-        self.last_seen.copy_(seen.flatten(0, 1) > 0, non_blocking=True)
-        if confidence.device.type == "cuda":
+        on_gpu = confidence.device.type == "cuda"
+        self.last_confidence.copy_(confidence, non_blocking=on_gpu)
+        self.last_seen.copy_(seen.flatten(0, 1) > 0, non_blocking=on_gpu)
+        if on_gpu:
             self.copied = torch.cuda.Event()
             self.copied.record()
 

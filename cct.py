@@ -279,7 +279,7 @@ def consistency_loss(
     if kind == "kl":
         return (torch.xlogy(target, target) - target * log_prob).mean()
     if kind == "js":
-        middle = (log_prob.exp() + target) / 2
+        middle = ((log_prob.exp() + target) / 2).clamp(min=torch.finfo(target.dtype).tiny)
         log_target = (target + 1e-5).log()
         return (middle * (middle.log() - (log_prob + log_target) / 2)).mean()
     raise ValueError(f"kind {kind!r}: use mse, kl or js")
@@ -517,8 +517,10 @@ class AuxDecoders(nn.Module):
         args, size = self.args, features.shape[2:]
         vat, dropout, cutout, context, objects, drop, noise = args.decoders
         foreground = foreground_mask(logits, logits.shape[2:])
-        is_object = foreground_mask(logits, size)
-        erasing = guided_cutout(foreground[:, 0] > 0, size, draws["cutout"], args.cutout)
+        is_object = F.interpolate(foreground, size, mode="nearest")
+        erasing = foreground.new_zeros(0, *is_object.shape)
+        if cutout:
+            erasing = guided_cutout(foreground[:, 0] > 0, size, draws["cutout"], args.cutout)
         # Products of matrices in fp32: bf16, or a GPU's convolution (TF32), would round the small
         # step of VAT away.
         with torch.autocast(features.device.type, enabled=False):
@@ -529,7 +531,7 @@ class AuxDecoders(nn.Module):
             vat_weight, dropout_weight, masked_weight, noise_weight = weights.split(
                 [vat, dropout, masked, noise]
             )
-            r = draws["vat"]  # (k, B, D, h, w), as everything below
+            r = draws["vat"]  # (k, B, D, h, w); empty without such decoders
             if vat:
                 decoders = [
                     partial(decode, weight=weight, bias=each)

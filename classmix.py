@@ -1025,14 +1025,15 @@ def main(args: Args) -> dict:
             # === loss ===
             image_u, label_u = next(batches_u)
             n = len(image_l)
-            this, after = slice(n), [(i + 1) % len(image_u) for i in range(n)]
+            this, after = slice(n), (torch.arange(n, device=device) + 1) % len(image_u)
             generator = step_generator(args.seed, "classes", step)
             draw = torch.rand(args.batch_size, len(data.classes), generator=generator)
             first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
             with torch.no_grad(), autocast:
                 prob = full_precision(teacher(image_u)).softmax(1)
                 confidence, pseudo_label = prob.max(1)
-                chosen = half_of_classes(pseudo_label[this], draw[first : first + n].to(device))
+                draw = draw[first : first + n].to(device, non_blocking=True)
+                chosen = half_of_classes(pseudo_label[this], draw)
                 mix_mask = mask_of(chosen, pseudo_label[this])
                 # Labels and confidences mixed are the maximum and argmax of mixed softmaxes.
                 image_u, label_u, pseudo_label, confidence = (

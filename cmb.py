@@ -33,7 +33,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -135,6 +134,9 @@ class RunArgs:
 @dataclass(frozen=True, kw_only=True)
 class Args(RunArgs):
     """CMB. What is None takes its value from the data set's row of PAPER."""
+
+    batch_size: int | None = None
+    """labeled images per step over all processes; half as many unlabeled ones, in two views each"""
 
     lambda_u: float = 1.0
     """weight of the pseudo-label loss"""
@@ -299,9 +301,24 @@ def prediction_head(dim: int = 256) -> nn.Sequential:
     return projection_head(dim, dim)
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over the processes; its gradient, summed likewise, reaches every part."""
+
+    @staticmethod
+    def forward(ctx, value):
+        value = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOverProcesses.apply(grad)
+
+
 def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
-    """Sum of a tensor over the processes; its gradient reaches the part of every process."""
-    return all_reduce(value) if dist.is_initialized() and dist.get_world_size() > 1 else value
+    """As `SumOverProcesses`; of one process the value itself."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    return SumOverProcesses.apply(value) if several else value
 
 
 def run_mlps(
@@ -569,6 +586,7 @@ class Heads(nn.Module):
         label = nearest(label, features.shape[2:]).flatten()
         return run_mlp(self.projection, rows, label != IGNORE), label
 
+    @torch.compiler.disable  # it sums over the processes
     def forward(self, features: torch.Tensor, label: torch.Tensor, bank: MemoryBank):
         """`contrastive_loss` of all positions whose label is not 255."""
         with torch.autocast(features.device.type, enabled=False):
@@ -615,15 +633,15 @@ class ClassBalance(nn.Module):
     def __init__(self, num_classes: int, labeled_window: int, unlabeled_window: int):
         super().__init__()
         self.windows = max(1, labeled_window), max(1, unlabeled_window)
-        self.register_buffer("labeled", torch.zeros(num_classes, dtype=torch.float64))
-        unlabeled = torch.zeros(self.windows[1], num_classes, dtype=torch.float64)
+        self.register_buffer("labeled", torch.zeros(num_classes, dtype=torch.long))
+        unlabeled = torch.zeros(self.windows[1], num_classes, dtype=torch.long)
         self.register_buffer("unlabeled", unlabeled)
 
     def update(self, number: int, label: torch.Tensor, pseudo_label: torch.Tensor) -> None:
         """Count the labels of micro-batch `number`, of all processes."""
         classes = len(self.labeled)
         counts = [
-            torch.histc(labels.float(), classes, -0.5, classes - 0.5).double()
+            torch.histc(labels.float(), classes, -0.5, classes - 0.5).long()
             for labels in (label, pseudo_label)
         ]
         counts = sum_over_processes(torch.stack(counts))
@@ -634,8 +652,8 @@ class ClassBalance(nn.Module):
     def weight(self, number: int) -> torch.Tensor:
         """(C,) sqrt(median / frequency) after `update(number)`; unseen classes: the greatest."""
         if number + 1 < max(self.windows):
-            return torch.ones_like(self.labeled)
-        frequency = self.labeled + self.unlabeled.sum(0)
+            return torch.ones_like(self.labeled, dtype=torch.float32)
+        frequency = (self.labeled + self.unlabeled.sum(0)).float()
         middle = frequency.sort().values
         middle = (middle[(len(middle) - 1) // 2] + middle[len(middle) // 2]) / 2
         ratio = torch.where(frequency > 0, middle.clamp(min=1) / frequency.clamp(min=1), 1)
@@ -650,7 +668,8 @@ def half_batch(args, rank: int, world_size: int) -> int:
         if half % share:
             raise UserError(
                 f"--batch-size {args.batch_size}: half as many unlabeled images are not divisible "
-                f"by {world_size} processes x --accumulate; use a multiple of {2 * share}"
+                f"by {world_size} processes x --accumulate {args.accumulate}; use a multiple of "
+                f"{2 * share}"
             )
         if half < 2:
             raise UserError(f"--batch-size {args.batch_size}: needs 2 unlabeled images; use 4")
@@ -693,7 +712,7 @@ def paste(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def classmix(draw: torch.Tensor, background: bool, image, label, *maps) -> list[torch.Tensor]:
     """Paste classes of the next image on each of the first len(draw) images; the maps likewise."""
     n = len(draw)
-    after = [(i + 1) % len(image) for i in range(n)]
+    after = (torch.arange(n, device=label.device) + 1) % len(image)
     chosen = classes_to_paste(label[after], draw, background)
     mask = mask_of(chosen, label[after].clamp(max=draw.shape[1] - 1))
     return [paste(each[:n], each[after], mask) for each in (image, label, *maps)]
@@ -1507,7 +1526,7 @@ def main(args: Args) -> dict:
             mixing = torch.rand((), generator=generator).item() < args.classmix[0]
             draw = torch.rand(args.batch_size, len(data.classes) + 1, generator=generator)
             if mixing:
-                draw = draw[part * n : part * n + n].to(device)
+                draw = draw[part * n : part * n + n].to(device, non_blocking=True)
                 image_l, label_l = classmix(draw, background, image_l, label_l)
             image_l, label_l = image_l[:n], label_l[:n]
             views = []
@@ -1517,7 +1536,7 @@ def main(args: Args) -> dict:
                 draw = torch.rand(args_u.batch_size, len(data.classes) + 1, generator=generator)
                 view = image_u, pseudo_label, confidence
                 if mixing and started:
-                    draw = draw[part * n_u : part * n_u + n_u].to(device)
+                    draw = draw[part * n_u : part * n_u + n_u].to(device, non_blocking=True)
                     view = classmix(draw, background, *view)
                 view = [each[:n_u] for each in view]
                 count, first = args_u.batch_size, part * n_u

@@ -994,13 +994,14 @@ def main(args: Args) -> dict:
                 # DIFFERS (cps.md 3): the paper's two images are the default, not the release's one.
                 n = len(image_l)
                 shift = {"next": 1, "same": n}[partner]
-                u0, u1 = slice(n), [(i + shift) % len(image_u) for i in range(n)]
+                u0, u1 = slice(n), (torch.arange(n, device=device) + shift) % len(image_u)
                 size, generator = args.crop_size, step_generator(args.seed, "boxes", step)
                 boxes = draw_boxes(
                     args.batch_size, size, size, generator, args.n_boxes, args.box_area
                 )
                 first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
-                mix_mask = fill_boxes(boxes[first : first + n].to(device), size, size)
+                boxes = boxes[first : first + n].to(device, non_blocking=True)
+                mix_mask = fill_boxes(boxes, size, size)
                 # Labels are made on the unmixed images, in train mode, and then mixed. A context of
                 # its own: autocast would hand its weights without gradient to the next forward.
                 with torch.no_grad(), autocast:

@@ -1038,7 +1038,8 @@ def main(args: Args) -> dict:
             generator = step_generator(args.seed, "boxes", step)
             boxes = draw_boxes(args.batch_size, size, size, generator, args.n_boxes, args.box_area)
             first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
-            mix_mask = fill_boxes(boxes[first : first + n].to(device), size, size)
+            boxes = boxes[first : first + n].to(device, non_blocking=True)
+            mix_mask = fill_boxes(boxes, size, size)
             with torch.no_grad(), autocast:  # two forwards: BatchNorm sees one stream at a time
                 teacher_u = teacher(image_u)
                 if args.mask_mode == "cutmix":

@@ -331,6 +331,8 @@ def directional_contrastive_loss(
 ) -> torch.Tensor:
     """One direction of the loss: mean of `contrast` over the active anchors; 0 if there are none.
 
+    Training takes both directions in one pass, by `both_directions`.
+
     Args:
         anchor, positive: (n, D) unit vectors of the same places in two crops; gradient to `anchor`
         label: (n,) the anchors' own pseudo-labels; negatives have another one
@@ -342,7 +344,6 @@ def directional_contrastive_loss(
     active = active_anchors(confidence_anchor, confidence_positive, threshold)
     bank = (negatives, negative_labels, temperature, epsilon, chunk)
     loss = contrast(anchor, positive, label, *bank)
-    # DIFFERS (dcc.md 1): the mean over the active places, as released; the paper's is over all.
     return (loss * active).sum() / active.sum().clamp(min=1)
 
 
@@ -409,9 +410,9 @@ class NegativeBank:
 
     def add(self, vectors: torch.Tensor, labels: torch.Tensor) -> None:
         """Append rows, and drop the oldest beyond the capacity."""
-        kept = max(0, len(self.vectors) + len(vectors) - self.capacity)
-        self.vectors = torch.cat([self.vectors[kept:], vectors.detach()])
-        self.labels = torch.cat([self.labels[kept:], labels])
+        dropped = max(0, len(self.vectors) + len(vectors) - self.capacity)
+        self.vectors = torch.cat([self.vectors[dropped:], vectors.detach()])
+        self.labels = torch.cat([self.labels[dropped:], labels])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"vectors": self.vectors, "labels": self.labels}
@@ -537,7 +538,7 @@ class PairView:
 def make_pairs(args, data, ids, stream, start, rank, world_size, device, labels):
     """As `make_batches`, with the two crops of `PairView`.
 
-    Yields (image_1, image_2), (label_1, label_2), rectangles (B, 2, 4) and flips (B, 2), the last
+    Of (image_1, image_2), (label_1, label_2), rectangles (B, 2, 4) and flips (B, 2), the last
     two on the CPU.
     """
     if not ids:
@@ -551,10 +552,13 @@ def make_pairs(args, data, ids, stream, start, rank, world_size, device, labels)
         generator=torch.Generator(),  # of its own: a loader draws a seed from it
         worker_init_fn=outlive_signals,
     )
-    for image, label, rectangle, flip in loader:
-        image = image.to(device, non_blocking=True).unbind(1)
-        label = label.to(device, non_blocking=True).long().unbind(1)
-        yield [normalize(view) for view in image], label, rectangle, flip
+    return (
+        (
+            [normalize(view) for view in image.to(device, non_blocking=True).unbind(1)],
+            label.to(device, non_blocking=True).long().unbind(1), rectangle, flip,
+        )
+        for image, label, rectangle, flip in loader
+    )  # fmt: skip
 
 
 def overlap_places(rectangle: torch.Tensor, flip: torch.Tensor, side: int) -> torch.Tensor:
@@ -631,8 +635,9 @@ def change_colors(
     order = torch.randperm(4, generator=generator).tolist()
     draw = torch.rand(batch_size, 7, generator=generator)[first : first + len(image)]
     change = torch.tensor([0.4, 0.4, 0.4, 0.1]) * (2 * draw[:, 3:] - 1) * (draw[:, :1] < 0.8)
-    factors = (change + torch.tensor([1.0, 1.0, 1.0, 0.0])).to(image)
-    is_blurred, is_gray = (draw[:, 1:3] < torch.tensor([0.5, 0.2])).to(image.device).unbind(1)
+    factors = (change + torch.tensor([1.0, 1.0, 1.0, 0.0])).to(image, non_blocking=True)
+    chosen = (draw[:, 1:3] < torch.tensor([0.5, 0.2])).to(image.device, non_blocking=True)
+    is_blurred, is_gray = chosen.unbind(1)
     mean, std = statistics(image.device)
     blurred = TF.gaussian_blur(image, [5, 5], [1.1, 1.1])  # the deviation of a kernel of 5
     image = torch.where(is_blurred[:, None, None, None], blurred, image) * std + mean
@@ -1363,7 +1368,8 @@ def main(args: Args) -> dict:
             sums, active = both_directions(view_1, view_2, bank.vectors, bank.labels, args)
             same = view_1[1] == view_2[1]
             counts = torch.cat([active, torch.stack([same.sum(), torch.ones_like(same).sum()])])
-            # DIFFERS (dcc.md 3): over the active places of all processes, not of each.
+            # DIFFERS (dcc.md 1): mean over the active places, as released; the paper's is of all.
+            # DIFFERS (dcc.md 3): of all processes, not of each.
             counts = over_processes(counts.to(sums.dtype), world_size)
             loss_dc = (sums / counts[:2].clamp(min=1 / world_size)).sum()
             weight, start_step = 0.0, args.dcc_start * args.steps

@@ -98,7 +98,7 @@ def rgb_to_hsv(image: torch.Tensor) -> torch.Tensor:
 def hsv_to_rgb(image: torch.Tensor) -> torch.Tensor:
     """The inverse of `rgb_to_hsv`."""
     hue, saturation, value = image[:, :, None].unbind(1)  # (B, 1, H, W) each
-    offset = torch.tensor([5, 3, 1], device=image.device).view(1, 3, 1, 1)
+    offset = 5 - 2 * torch.arange(3, device=image.device).view(1, 3, 1, 1)
     sixth = (offset + 6 * hue) % 6
     return value - value * saturation * torch.minimum(sixth, 4 - sixth).clamp(0, 1)
 
@@ -128,7 +128,7 @@ def color_jitter(
         return hsv_to_rgb(torch.stack(hsv, 1))
 
     def per_image(factor, dims):
-        return factor.to(image).view(-1, *[1] * dims)
+        return factor.to(image, non_blocking=True).view(-1, *[1] * dims)
 
     changes = [
         lambda x: (x + per_image(brightness, 3) - 1).clamp(0, 1),

@@ -508,7 +508,6 @@ def test_flags_have_their_effects(quick):
         assert any(not torch.equal(v, other[key]) for key, v in plain["teacher"].items()), flags
     # Which classes an image is taken to have shows in the choices alone, AHEAD steps later.
     few = [saved(rule, bank_absent=rule, batch_size=2)["bank"] for rule in ("zero", "keep")]
-    assert (few[0]["confidence"] <= few[1]["confidence"]).all()
     assert not torch.equal(few[0]["confidence"], few[1]["confidence"])
     other = saved("presence", min_presence=0.5)["bank"]
     assert not torch.equal(plain["bank"]["last_seen"], other["last_seen"])
