@@ -111,7 +111,22 @@ def teacher_floor(f: Floor, teacher_forwards: int, loss):
 
 
 def mean_teacher_floor(f: Floor):
-    return teacher_floor(f, 2, f.script.consistency_loss)
+    """Both networks on all images, and the loss of all."""
+    student = f.network()
+    teacher = f.script.make_teacher(student, f.args)
+    optimizer = f.optimizer(student)
+    labeled, unlabeled, label = f.image(), f.image(), f.label()
+
+    def step():
+        with torch.no_grad(), f.autocast:
+            targets = [teacher(labeled), teacher(unlabeled)]
+        with f.autocast:
+            logits = [student(labeled), student(unlabeled)]
+        loss = f.script.consistency_loss(torch.cat(logits), torch.cat(targets))
+        f.update(f.script.cross_entropy(logits[0], label) + loss, optimizer)
+        f.script.update_teacher(teacher, student, 0.99)
+
+    return step
 
 
 def cutmix_mt_floor(f: Floor):
@@ -209,13 +224,18 @@ def cmb_floor(f: Floor):
 
 
 def dcc_floor(f: Floor):
-    """Without the crops' color changes; the bank is full."""
+    """Without the crops' color changes; the bank is full, the crops overlap as they often do."""
     net = f.network()
     projector = f.script.make_projector(net.classifier.in_channels)
     network = f.script.TwoCropNetwork(net, projector)
     network, _ = f.script.prepare(network, f.args, 1, f.device)
     optimizer = f.optimizer(net, projector)
     labeled, crops, label = f.image(), [f.image(), f.image()], f.label()
+    size, generator = f.args.crop_size, torch.Generator().manual_seed(0)
+    sides = [round(1.4 * side) for side in (360, 480)]  # CamVid at the middle of --pair-scale
+    draws = [f.script.overlapping_crops(*sides, size, generator)[2:] for _ in label]
+    flip = torch.zeros(len(label), 2, dtype=torch.bool)
+    overlap = f.script.overlap_places(torch.tensor(draws), flip, size // 8).to(f.device)
     dim, places = f.script.EMBEDDING, 2 * len(label) * f.args.negatives
     bank = f.script.NegativeBank(f.args.bank_steps * places, dim, f.device)
     vectors = torch.nn.functional.normalize(torch.randn(bank.capacity, dim, device=f.device))
@@ -228,6 +248,7 @@ def dcc_floor(f: Floor):
         views = [[each.flatten(0, 2) for each in view] for view in views]
         with torch.no_grad():
             bank.add(*(torch.cat(pair) for pair in zip(*(v[:2] for v in views), strict=True)))
+        views = [[e.index_select(0, i) for e in v] for v, i in zip(views, overlap, strict=True)]
         sums, active = f.script.both_directions(*views, bank.vectors, bank.labels, f.args)
         loss = (sums / active.clamp(min=1)).sum()
         f.update(f.script.cross_entropy(logits, label) + 0.1 * loss, optimizer)
