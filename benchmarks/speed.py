@@ -224,18 +224,22 @@ def cmb_floor(f: Floor):
 
 
 def dcc_floor(f: Floor):
-    """Without the crops' color changes; the bank is full, the crops overlap as they often do."""
+    """Without the crops' color changes; the bank is full, the crops overlap as they do on average."""
     net = f.network()
     projector = f.script.make_projector(net.classifier.in_channels)
     network = f.script.TwoCropNetwork(net, projector)
     network, _ = f.script.prepare(network, f.args, 1, f.device)
     optimizer = f.optimizer(net, projector)
     labeled, crops, label = f.image(), [f.image(), f.image()], f.label()
-    size, generator = f.args.crop_size, torch.Generator().manual_seed(0)
-    sides = [round(1.4 * side) for side in (360, 480)]  # CamVid at the middle of --pair-scale
-    draws = [f.script.overlapping_crops(*sides, size, generator)[2:] for _ in label]
-    flip = torch.zeros(len(label), 2, dtype=torch.bool)
-    overlap = f.script.overlap_places(torch.tensor(draws), flip, size // 8).to(f.device)
+    size, generator, shared = f.args.crop_size, torch.Generator().manual_seed(0), 0
+    least, greatest = f.args.pair_scale
+    for _ in range(300):  # images of CamVid's size
+        scale = least + (greatest - least) * float(torch.rand((), generator=generator))
+        sides = [round(scale * side) for side in (360, 480)]
+        top, left, bottom, right = f.script.overlapping_crops(*sides, size, generator)[2]
+        shared += (bottom - top) * (right - left) // 64 / 300
+    overlap = torch.randperm(len(label) * (size // 8) ** 2)[: round(len(label) * shared)]
+    overlap = overlap.to(f.device)
     dim, places = f.script.EMBEDDING, 2 * len(label) * f.args.negatives
     bank = f.script.NegativeBank(f.args.bank_steps * places, dim, f.device)
     vectors = torch.nn.functional.normalize(torch.randn(bank.capacity, dim, device=f.device))
@@ -248,7 +252,7 @@ def dcc_floor(f: Floor):
         views = [[each.flatten(0, 2) for each in view] for view in views]
         with torch.no_grad():
             bank.add(*(torch.cat(pair) for pair in zip(*(v[:2] for v in views), strict=True)))
-        views = [[e.index_select(0, i) for e in v] for v, i in zip(views, overlap, strict=True)]
+        views = [[each.index_select(0, overlap) for each in view] for view in views]
         sums, active = f.script.both_directions(*views, bank.vectors, bank.labels, f.args)
         loss = (sums / active.clamp(min=1)).sum()
         f.update(f.script.cross_entropy(logits, label) + 0.1 * loss, optimizer)
