@@ -224,7 +224,7 @@ def cmb_floor(f: Floor):
 
 
 def dcc_floor(f: Floor):
-    """Without the crops' color changes; the bank is full, the crops overlap as they do on average."""
+    """Without the crops' color changes; the bank is full, the overlap is the average one."""
     net = f.network()
     projector = f.script.make_projector(net.classifier.in_channels)
     network = f.script.TwoCropNetwork(net, projector)
