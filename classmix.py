@@ -629,7 +629,13 @@ def setup_distributed(args) -> tuple[int, int, torch.device]:
         )
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download
+        patience = timedelta(hours=2)  # rank 0 may download
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        # torchrun keeps its store over restarts: no addresses of processes that are gone.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=patience
+        )
     return rank, world_size, device
 
 
