@@ -188,7 +188,8 @@ class Args(RunArgs):
 # is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 # DIFFERS (cct.md 1): the supervised loss is that of the other scripts, not abce.
-# DIFFERS (cct.md 8): camvid and shapes ramp the consistency in longer: they start from scratch.
+# DIFFERS (cct.md 8): camvid and shapes ramp the consistency in longer, since they start from
+# scratch, with the weight per pixel of VOC (30 / 21).
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -206,13 +207,13 @@ PAPER = {
         split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160,
         steps=1_000,
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        lambda_u=30.0, ramp_up=0.4,
+        lambda_u=15.7, ramp_up=0.4,
     ),
     "shapes": dict(
         split="20", backbone="resnet14", weights="none", batch_size=16, crop_size=48,
         steps=1_000,
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        lambda_u=30.0, ramp_up=0.4,
+        lambda_u=11.4, ramp_up=0.4,
     ),
 }  # fmt: skip
 PAPER["folder"] = PAPER["voc"] | {"split": "labeled.txt", "steps": 39_680}

@@ -139,6 +139,8 @@ class Args(RunArgs):
     """rounds of dilation and blur that spread the true flaws"""
     clamp_flaw_map: bool = True
     """the detector's loss takes its negative outputs as 0, by value alone (released code)"""
+    joint_batch: bool = False
+    """one BatchNorm batch of labeled and unlabeled images (PixelSSL), not two (CPS repository)"""
     lambda_dc: float | None = None
     """weight of dynamic consistency; at 0 flaw correction acts on all pixels"""
     ramp_up: float | None = None
@@ -193,7 +195,8 @@ def three_epochs(args) -> float:
 # shapes are ours. An entry that depends on other flags is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 # DIFFERS (gct.md 5): Adam is blind to that factor: the detector's rate is the released 4 x 1e-4.
-# DIFFERS (gct.md 6): camvid and shapes ramp dynamic consistency in for longer.
+# DIFFERS (gct.md 6): camvid and shapes ramp dynamic consistency in for longer, with the weight per
+# pixel of VOC (100 / 21).
 # DIFFERS (gct.md 7): crops too small for the paper's three stages get a shallower detector.
 PAPER = {
     "voc": dict(
@@ -214,14 +217,14 @@ PAPER = {
         split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160,
         steps=1_000,
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        lambda_dc=100.0, ramp_up=0.4, lambda_fc=1.0, detector_lr=4e-4, detector_width=16,
+        lambda_dc=52.0, ramp_up=0.4, lambda_fc=1.0, detector_lr=4e-4, detector_width=16,
         detector_stages=lambda args: min(3, most_stages(args.crop_size, 5)),
     ),
     "shapes": dict(
         split="20", backbone="resnet14", weights="none", batch_size=16, crop_size=48,
         steps=1_000,
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        lambda_dc=100.0, ramp_up=0.4, lambda_fc=1.0, detector_lr=4e-4, detector_width=16,
+        lambda_dc=38.0, ramp_up=0.4, lambda_fc=1.0, detector_lr=4e-4, detector_width=16,
         detector_stages=lambda args: min(3, most_stages(args.crop_size, 5)),
     ),
 }  # fmt: skip
@@ -1127,9 +1130,11 @@ def main(args: Args) -> dict:
             # === loss ===
             image_u, label_u = next(batches_u)
             n, image = len(image_l), torch.cat([image_l, image_u])
-            # DIFFERS (gct.md 4): one forward of each network, where the release has two equal ones.
-            with autocast:  # BatchNorm sees labeled and unlabeled images together
-                logits_1, logits_2 = ddp_1(image), ddp_2(image)
+            # DIFFERS (gct.md 4): labeled and unlabeled images apart, for BatchNorm, and once each;
+            # AUTHORS: together (`joint_batch`), in two equal forwards.
+            parts = [image] if args.joint_batch else [image_l, image_u]
+            with autocast:
+                logits_1, logits_2 = (torch.cat([d(x) for x in parts]) for d in (ddp_1, ddp_2))
             prob_1, prob_2 = (full_precision(z).softmax(1) for z in (logits_1, logits_2))
             with autocast:  # forwards of their own: the detector's BatchNorm sees one network's
                 # The detector learns from constant probabilities,

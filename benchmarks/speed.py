@@ -172,7 +172,7 @@ def gct_floor(f: Floor):
     def step():
         image = torch.cat([labeled, unlabeled])
         with f.autocast:
-            logits = [net(image) for net in nets]
+            logits = [torch.cat([net(labeled), net(unlabeled)]) for net in nets]
         probs = [script.full_precision(each).softmax(1) for each in logits]
         with f.autocast:
             flaws = [detector(image, prob.detach()) for prob in probs]

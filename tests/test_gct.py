@@ -350,7 +350,7 @@ def test_main_takes_the_authors_step(path, handled, quick, monkeypatch):
     args = quick(
         Args, steps=200, optimizer="sgd", lr=gct.poly_lr(2.5e-4, 1, 200), momentum=0.9,
         weight_decay=5e-4, batch_size=2, crop_size=96, detector_lr=gct.poly_lr(1e-4, 1, 200),
-        log_every=1, save_every=1, eval_every=10**6,
+        log_every=1, save_every=1, eval_every=10**6, joint_batch=True, lambda_dc=100.0,
     )  # fmt: skip
     with pytest.raises(RecordedError):
         main(args)
@@ -499,7 +499,7 @@ def test_every_flag_has_an_effect(quick):
     for number, flags in enumerate([
         {"flaw_threshold": 0.2}, {"flaw_rounds": 3}, {"clamp_flaw_map": False}, {"lambda_dc": 1.0},
         {"ramp_up": 0.9}, {"lambda_fc": 0.0}, {"detector_lr": 1e-2}, {"detector_width": 8},
-        {"detector_stages": 2, "crop_size": 48},
+        {"detector_stages": 2, "crop_size": 48}, {"joint_batch": True},
     ]):  # fmt: skip
         other = run(f"other{number}", **flags)
         # What the detector learns is seen in itself at once, the rest in the networks.
