@@ -1,4 +1,4 @@
-"""AEL: Adaptive Equalization Learning (Hu, Wei, Hu, Ye, Cui, Wang, NeurIPS 2021).
+"""AEL: Adaptive Equalization Learning (Hu, Wei, Hu, Ye, Cui, Wang, NeurIPS 2021, 2110.05474).
 
     L = CE(f(x_l), y_l) + w sum_p v_p CE(f(x)_p, argmax g(x)_p) / sum_p v_p,
     v_p = (max g(x)_p)^2 [u_p > 1 - r(class of p)], r = (1 - A) / max(1 - A): few pixels of classes
@@ -9,7 +9,8 @@
     python ael.py --split 1/8                                    # one GPU, Pascal VOC
     torchrun --nproc_per_node=8 ael.py --split 1/8               # the same run on eight
 
-The protocol is that of the CPS paper (2106.01226v3); docs/ael.md lists what differs.
+Network, weak view and evaluation are those of the CPS paper (2106.01226v3), batch, crop, steps and
+rates those of the release; docs/ael.md lists what differs.
 """
 
 import copy
@@ -192,8 +193,8 @@ class Args(RunArgs):
 # Sources: AEL repository 747c797 (steps: its epochs on 8 GPUs); camvid and shapes are ours. An
 # entry that depends on other flags is a function of them.
 # DIFFERS (ael.md 2): lr and weight decay are those that act on the true mean gradient.
-# DIFFERS (ael.md 21): camvid and shapes ramp the consistency in, since they start from scratch, and
-# their teachers remember 10 steps, their banks 100.
+# DIFFERS (ael.md 21): camvid and shapes ramp the consistency in, since their networks start from
+# scratch, and their teachers remember 10 steps, their banks 100.
 # DIFFERS (ael.md 10): each data set has a list of its own of classes that are not pasted.
 PAPER = {
     "voc": dict(
@@ -237,9 +238,10 @@ PAPER["folder"] = PAPER["voc"] | {"split": "labeled.txt", "paste_exclude": ()}
 
 
 # === method ===
-AHEAD = 9  # steps between the choice of images and their use, while loader processes fetch them
+# DIFFERS (ael.md 14): steps between the choice of images and their use, while loaders fetch them.
+AHEAD = 9
 # Half of the pasted images are made smaller, down to a tenth, half larger, up to twice.
-PASTE_SCALES = tuple(i / 10 for i in (*range(1, 11), *range(11, 21)))
+PASTE_SCALES = tuple(i / 10 for i in range(1, 21))
 
 
 def class_masks(label: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -1379,8 +1381,8 @@ def main(args: Args) -> dict:
             image_u, label_u = next(batches_u)
             image_v, label_v = next(batches_v)
             n, size, row = len(image_u), args.crop_size, step % AHEAD
-            first = (rank * args.accumulate + micro) * n
-            here = slice(first, first + n)  # this micro-batch in the global one
+            first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
+            here = slice(first, first + n)
             generator = step_generator(args.seed, "boxes", step)
             boxes = draw_boxes(args.batch_size, size, size, generator, 1, (0.5, 0.5))[:, 0]
             which = torch.rand(args.batch_size, generator=generator)

@@ -184,12 +184,12 @@ class Args(RunArgs):
             )
 
 
-# Sources: CPS repository 5e0c29c; camvid and shapes are ours. An entry that depends on other flags
-# is a function of them.
+# Sources: CPS repository 5e0c29c, for the method CCT 65d4e5b; camvid and shapes are
+# ours. An entry that depends on other flags is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 # DIFFERS (cct.md 1): the supervised loss is that of the other scripts, not abce.
-# DIFFERS (cct.md 8): camvid and shapes ramp the consistency in longer, since they start from
-# scratch, with the weight per pixel of VOC (30 / 21).
+# DIFFERS (cct.md 8): camvid and shapes ramp the consistency in longer, since their networks
+# start from scratch, with the weight per pixel of VOC (30 / 21).
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -394,7 +394,7 @@ def contour_boxes(foreground: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
     Returns:
         (B, M, 4) int64 first and last row, first and last column; (B, M) number of points, 0 for
-        the rest where there are less than M = MAX_CONTOURS regions
+        the rest where there are fewer than M = MAX_CONTOURS regions
     """
     mask = F.pad(foreground, (1, 1, 1, 1))
     label = regions(mask)
@@ -542,7 +542,7 @@ class AuxDecoders(nn.Module):
                     vat_perturbation(features, decoder, args.vat_xi, args.vat_eps, draw)
                     for decoder, draw in zip(decoders, draws["vat"], strict=True)
                 ])  # fmt: skip
-            # Channel dropout: of each image, half of the columns of the weight.
+            # Channel dropout: of each image, a share of the columns of the weight.
             keep = (draws["dropout"] >= args.dropout) / (1 - args.dropout)  # (k, B, D)
             least, greatest = args.feature_drop
             gamma = least + (greatest - least) * draws["feature_drop"]
@@ -1288,12 +1288,13 @@ def main(args: Args) -> dict:
     labels = "known" if args.log_pseudo_accuracy else "none"
     batches_u = make_batches(args, data, split.unlabeled, "unlabeled", *place, None, labels)
     images_per_step = 2 * args.batch_size
-    network, _ = rank_0_first(  # as if alone: it is wrapped below, with its auxiliary decoders
-        lambda: make_network(args, len(data.classes), "1", 0, 1, device), rank, world_size
+    alone = replace(args, compile=False)  # it is wrapped below, with its auxiliary decoders
+    network, _ = rank_0_first(
+        lambda: make_network(alone, len(data.classes), "1", 0, 1, device), rank, world_size
     )
     torch.manual_seed(stream_seed(args.seed, "weights/auxiliary"))  # the same on every process
     aux_decoders = AuxDecoders(network.classifier.in_channels, len(data.classes), args)
-    cct, ddp = prepare(CrossConsistency(network, aux_decoders), args, world_size, device)
+    _, ddp = prepare(CrossConsistency(network, aux_decoders), args, world_size, device)
     ddps = [ddp]
     optimizer = make_optimizer([network, aux_decoders], args, device)
     saved = {"network": network, "aux_decoders": aux_decoders}
@@ -1326,7 +1327,7 @@ def main(args: Args) -> dict:
 
             # === loss ===
             image_u, label_u = next(batches_u)
-            first = (rank * args.accumulate + micro) * len(image_l)  # of the global batch
+            first = (rank * args.accumulate + micro) * len(image_l)  # in the global batch
             draws = draw_perturbations(args, step, first, image_u, aux_decoders.in_channels)
             with autocast:  # labeled and unlabeled images apart, for BatchNorm
                 logits_l = ddp(image_l)

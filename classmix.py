@@ -169,11 +169,11 @@ class Args(RunArgs):
             raise UserError(f"--ramp-up {self.ramp_up}: is a share of the steps, from 0 to 1")
 
 
-# Sources: CPS repository 5e0c29c; camvid and shapes are ours. An entry that depends on other flags
-# is a function of them.
+# Sources: CPS repository 5e0c29c, for the method ClassMix aa85291; camvid and shapes are
+# ours. An entry that depends on other flags is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
-# DIFFERS (classmix.md 5): camvid and shapes ramp the consistency in, since they start from
-# scratch, and their teachers remember 10 steps.
+# DIFFERS (classmix.md 5): camvid and shapes ramp the consistency in, since their networks start
+# from scratch, and their teachers remember 10 steps.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -1054,6 +1054,7 @@ def main(args: Args) -> dict:
             per_pixel = args.confidence_per_pixel
             confident = confidence_weight(confidence[:, None], args.confidence_threshold, per_pixel)
             if not per_pixel:
+                # DIFFERS (classmix.md 4): the share over all processes.
                 confident = over_processes(confident, world_size)
             loss_cons = unsupervised_loss(logits_u, pseudo_label, confidence, weight=confident)
             weight = args.lambda_u * ramp_up(step, args.ramp_up * args.steps)

@@ -9,7 +9,8 @@
     python cmb.py --split 1/8                                    # one GPU, Pascal VOC
     torchrun --nproc_per_node=5 cmb.py --split 1/8               # the same run on five
 
-The protocol is that of the CPS paper (2106.01226v3); docs/cmb.md lists what differs.
+Network, weak view and evaluation are those of the CPS paper (2106.01226v3), batch, crop, steps and
+rates those of the release; docs/cmb.md lists what differs.
 """
 
 import copy
@@ -37,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.transforms.v2.functional import gaussian_blur
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from common import UserError
@@ -182,11 +183,11 @@ class Args(RunArgs):
             raise UserError(f"--ramp-up {self.ramp_up}: is a share of the steps, from 0 to 1")
 
 
-# Sources: the released configs (DeepLabV3+ with ResNet-50; see docs/cmb.md); camvid and shapes are
-# ours. An entry that depends on other flags is a function of them.
+# Sources: SemiSeg-Contrastive dc53c6d (DeepLabV3+ with ResNet-50); camvid and shapes are ours. An
+# entry that depends on other flags is a function of them.
 # DIFFERS (cmb.md 3): weight decay acts on weights only; the supervised loss is that of all scripts.
-# DIFFERS (cmb.md 12): camvid and shapes ramp up longer, since they start from scratch, and their
-# teachers remember 10 steps at first.
+# DIFFERS (cmb.md 12): camvid and shapes ramp up longer, since their networks start from scratch;
+# their teachers remember 10 steps at first.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=20, crop_size=321,
@@ -656,6 +657,7 @@ class ClassBalance(nn.Module):
         frequency = (self.labeled + self.unlabeled.sum(0)).float()
         middle = frequency.sort().values
         middle = (middle[(len(middle) - 1) // 2] + middle[len(middle) // 2]) / 2
+        # DIFFERS (cmb.md 16): a median of 0 counts as 1 pixel.
         ratio = torch.where(frequency > 0, middle.clamp(min=1) / frequency.clamp(min=1), 1)
         return torch.where(frequency > 0, ratio, ratio.max()).sqrt()
 
@@ -772,7 +774,7 @@ def strong_augmentation(image, label, confidence, batch_size, first, blur, gener
 def blurred(image: torch.Tensor, sigma: tuple[float, float]) -> torch.Tensor:
     """Gaussian blur with a kernel of 23 pixels a side and deviations (vertical, horizontal)."""
     # DIFFERS (cmb.md 8): the release means a range of deviations; its library takes two sides.
-    return gaussian_blur(image, [23, 23], [sigma[1], sigma[0]])
+    return TF.gaussian_blur(image, [23, 23], [sigma[1], sigma[0]])
 
 
 # === teacher (copied) ===
@@ -1468,8 +1470,9 @@ def main(args: Args) -> dict:
     labels = "known" if args.log_pseudo_accuracy else "none"
     batches_u = make_batches(args_u, data, split.unlabeled, "unlabeled", *place, "next", labels)
     images_per_step = args.batch_size + args_u.batch_size
-    network, _ = rank_0_first(  # as if alone: it is wrapped below, with its heads
-        lambda: make_network(args, len(data.classes), "1", 0, 1, device), rank, world_size
+    alone = replace(args, compile=False)  # it is wrapped below, with its heads
+    network, _ = rank_0_first(
+        lambda: make_network(alone, len(data.classes), "1", 0, 1, device), rank, world_size
     )
     torch.manual_seed(stream_seed(args.seed, "weights/heads"))  # the same on every process
     heads = Heads(network.classifier.in_channels, len(data.classes), args.bank_attention == "on")

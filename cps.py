@@ -164,7 +164,7 @@ class Args(RunArgs):
 # Sources: CPS repository 5e0c29c; camvid and shapes are ours. An entry that depends on other flags
 # is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
-# DIFFERS (cps.md 7): camvid and shapes ramp lambda in, for their networks start from scratch.
+# DIFFERS (cps.md 7): camvid and shapes ramp lambda in, since their networks start from scratch.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -201,7 +201,7 @@ def cps_loss(
     pseudo_label_1: torch.Tensor,
     pseudo_label_2: torch.Tensor,
 ) -> torch.Tensor:
-    """CE(f1, Y2) + CE(f2, Y1), Eqs. (2) and (3): each mean over all pixels, the two added.
+    """CE(f1, Y2) + CE(f2, Y1): each a mean over all pixels, the two added.
 
     Args:
         logits_1, logits_2: (B, C, H, W)
@@ -255,6 +255,7 @@ def box_masks(
 
     The boxes of one mask share `area` (drawn from this range, as a share of the image), have random
     proportions and lie inside; each flips what it covers: where two overlap the mask is 0 again.
+    Training draws for the global batch and fills for its share.
     """
     boxes = draw_boxes(batch_size, height, width, generator, n_boxes, area)
     return fill_boxes(boxes, height, width)
@@ -966,7 +967,7 @@ def main(args: Args) -> dict:
     ddps = [ddp_1, ddp_2]
     optimizer = make_optimizer([network_1, network_2], args, device)
     saved = {"network_1": network_1, "network_2": network_2}
-    evaluated = "network_1"  # as in the release; the second network is not reported
+    evaluated = "network_1"  # as in the CPS repository; the second network is not reported
 
     # === resume (copied) ===
     saved |= {"optimizer": optimizer, "scaler": scaler}
@@ -1037,7 +1038,7 @@ def main(args: Args) -> dict:
             consistency = cps_loss if args.cps_target == "label" else cpc_loss
             loss_cps = consistency(logits_1, logits_2, target_1, target_2)
             weight = args.lambda_cps * linear_ramp(step, args.steps, args.cps_start, args.cps_full)
-            loss = loss_sup + weight * loss_cps  # Eq. (4)
+            loss = loss_sup + weight * loss_cps
 
             pseudo_1, pseudo_2 = (t if t.ndim == 3 else t.argmax(1) for t in (target_1, target_2))
             logs = {"loss/sup": loss_sup, "loss/cps": loss_cps}

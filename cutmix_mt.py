@@ -169,11 +169,11 @@ class Args(RunArgs):
             raise UserError(f"--ramp-up {self.ramp_up}: is a share of the steps, from 0 to 1")
 
 
-# Sources: CPS repository 5e0c29c; camvid and shapes are ours. An entry that depends on other flags
-# is a function of them.
+# Sources: CPS repository 5e0c29c, for the method cutmix-semisup-seg af6183a; camvid and shapes are
+# ours. An entry that depends on other flags is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
-# DIFFERS (cutmix_mt.md 5): camvid and shapes ramp the consistency in, since they start from
-# scratch, and their teachers remember 10 steps.
+# DIFFERS (cutmix_mt.md 5): camvid and shapes ramp the consistency in, since their networks start
+# from scratch, and their teachers remember 10 steps.
 BOX_AREA = {"cutmix": (0.5, 0.5), "cutout": (0.0, 1.0)}
 PAPER = {
     "voc": dict(
@@ -272,6 +272,7 @@ def box_masks(
 
     The boxes of one mask share `area` (drawn from this range, as a share of the image), have random
     proportions and lie inside; each flips what it covers: where two overlap the mask is 0 again.
+    Training draws for the global batch and fills for its share.
     """
     boxes = draw_boxes(batch_size, height, width, generator, n_boxes, area)
     return fill_boxes(boxes, height, width)
@@ -1003,8 +1004,8 @@ def main(args: Args) -> dict:
     batches_l = make_batches(args, data, split.labeled, "labeled", *place)
     labels = "known" if args.log_pseudo_accuracy else "none"
     batches_u = make_batches(args, data, split.unlabeled, "unlabeled", *place, None, labels)
-    # The images that are pasted: a second order of the same pool.
-    batches_v = make_batches(args, data, split.unlabeled, "pasted", *place, None, labels)
+    if args.mask_mode == "cutmix":  # the images that are pasted: a second order of the same pool
+        batches_v = make_batches(args, data, split.unlabeled, "pasted", *place, None, labels)
     images_per_step = 2 * args.batch_size
     student, ddp = make_network(args, len(data.classes), "1", rank, world_size, device)
     teacher = make_teacher(student, args)
@@ -1063,8 +1064,10 @@ def main(args: Args) -> dict:
             per_pixel = args.confidence_per_pixel
             confident = confidence_weight(prob, args.confidence_threshold, per_pixel)
             if not per_pixel:
+                # DIFFERS (cutmix_mt.md 4): the share over all processes.
                 confident = over_processes(confident, world_size)
-            inside = (label_u != IGNORE)[:, None]  # not in the padding, not cut out
+            # DIFFERS (cutmix_mt.md 3): 0 in the padding and where cut out, else 1.
+            inside = (label_u != IGNORE)[:, None]
             loss_cons = consistency_loss(logits_u, prob, args.consistency, confident * inside)
             weight = args.lambda_u * ramp_up(step, args.ramp_up * args.steps)
             loss = loss_sup + weight * loss_cons

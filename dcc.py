@@ -8,7 +8,8 @@
     python dcc.py --split 1/8                                    # one GPU, Pascal VOC
     torchrun --nproc_per_node=8 dcc.py --split 1/8               # the same run on eight
 
-The protocol is that of the CPS paper (2106.01226v3); docs/dcc.md lists what differs.
+Network, weak view and evaluation are those of the CPS paper (2106.01226v3), batch, crop, steps and
+rates those of the release; docs/dcc.md lists what differs.
 """
 
 import errno
@@ -143,7 +144,6 @@ class Args(RunArgs):
     """DCC. What is None takes its value from the data set's row of PAPER."""
 
     head_lr_mult: float | None = None
-    """learning rate of everything but the encoder, as a multiple of the encoder's"""
     pair_scale: tuple[float, float] | None = None
     """least and greatest scale of an unlabeled image, before it is cropped twice"""
     min_overlap: float = 0.1
@@ -193,38 +193,45 @@ class Args(RunArgs):
                 raise UserError(f"{flag} {value}: is a share of the steps, from 0 to 1")
 
 
-# Sources: the authors' configurations; camvid and shapes are ours. An entry that depends on other
-# flags is a function of them.
+# Sources: CAC 4fdec7a; camvid and shapes are ours. An entry that depends on other flags is a
+# function of them.
+# DIFFERS (dcc.md 7): scales of the pair are factors of the image's size.
 # DIFFERS (dcc.md 8): the supervised loss of the other scripts on Cityscapes, and their weak view.
-# DIFFERS (dcc.md 9): camvid and shapes ramp the contrast in: their networks start from scratch.
+# DIFFERS (dcc.md 9): camvid and shapes ramp the contrast in, since their networks start from
+# scratch.
+# DIFFERS (dcc.md 11): weight decay acts on weights alone.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=320,
-        steps=92_560, head_lr_mult=10.0,
-        optimizer="sgd", lr=0.001, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        pair_scale=(0.64, 1.6), bank_steps=lambda args: 3 if args.backbone == "resnet101" else 2,
+        steps=92_560,
+        optimizer="sgd", lr=0.001, head_lr_mult=10.0, momentum=0.9, weight_decay=1e-4,
+        supervised_loss="ce", pair_scale=(0.64, 1.6),
+        bank_steps=lambda args: 3 if args.backbone == "resnet101" else 2,
         negatives=lambda args: (args.crop_size // 8) ** 2,
         lambda_u=0.1, dcc_start=0.0625, ramp_up=0.0,
     ),
     "cityscapes": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=720,
-        steps=92_560, head_lr_mult=10.0,
-        optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4, supervised_loss="ohem",
-        pair_scale=(0.8, 2.0), bank_steps=1, negatives=lambda args: (args.crop_size // 8) ** 2,
+        steps=92_560,
+        optimizer="sgd", lr=0.01, head_lr_mult=10.0, momentum=0.9, weight_decay=1e-4,
+        supervised_loss="ohem", pair_scale=(0.8, 2.0), bank_steps=1,
+        negatives=lambda args: (args.crop_size // 8) ** 2,
         lambda_u=0.1, dcc_start=0.0625, ramp_up=0.0,
     ),
     "camvid": dict(
         split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160,
-        steps=1_000, head_lr_mult=1.0,
-        optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        pair_scale=(0.8, 2.0), bank_steps=2, negatives=lambda args: (args.crop_size // 8) ** 2,
+        steps=1_000,
+        optimizer="adamw", lr=1e-3, head_lr_mult=1.0, momentum=0.9, weight_decay=1e-4,
+        supervised_loss="ce", pair_scale=(0.8, 2.0), bank_steps=2,
+        negatives=lambda args: (args.crop_size // 8) ** 2,
         lambda_u=0.1, dcc_start=0.0, ramp_up=0.4,
     ),
     "shapes": dict(
         split="20", backbone="resnet14", weights="none", batch_size=16, crop_size=48,
-        steps=1_000, head_lr_mult=1.0,
-        optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        pair_scale=(0.75, 1.25), bank_steps=2, negatives=lambda args: (args.crop_size // 8) ** 2,
+        steps=1_000,
+        optimizer="adamw", lr=1e-3, head_lr_mult=1.0, momentum=0.9, weight_decay=1e-4,
+        supervised_loss="ce", pair_scale=(0.75, 1.25), bank_steps=2,
+        negatives=lambda args: (args.crop_size // 8) ** 2,
         lambda_u=0.1, dcc_start=0.0, ramp_up=0.4,
     ),
 }  # fmt: skip
@@ -538,7 +545,7 @@ class PairView:
 def make_pairs(args, data, ids, stream, start, rank, world_size, device, labels):
     """As `make_batches`, with the two crops of `PairView`.
 
-    Of (image_1, image_2), (label_1, label_2), rectangles (B, 2, 4) and flips (B, 2), the last
+    Yields (image_1, image_2), (label_1, label_2), rectangles (B, 2, 4) and flips (B, 2), the last
     two on the CPU.
     """
     if not ids:
@@ -601,14 +608,14 @@ def jitter(image: torch.Tensor, factors: torch.Tensor, order: list[int]) -> torc
     brightness, contrast, saturation, hue = factors[:, :, None, None, None].unbind(1)
 
     def blend(image, other, factor):
-        return (other + factor * (image - other)).clamp(0, 1)
+        return torch.lerp(other, image, factor).clamp_(0, 1)
 
     def turn(image):
         angle, *others = rgb_to_hsv(image).unbind(1)
         return hsv_to_rgb(torch.stack([(angle + hue[:, 0]) % 1, *others], 1))
 
     changes = [
-        lambda x: (x * brightness).clamp(0, 1),
+        lambda x: (x * brightness).clamp_(0, 1),
         lambda x: blend(x, gray(x).mean((2, 3), keepdim=True), contrast),
         lambda x: blend(x, gray(x), saturation),
         turn,
@@ -640,8 +647,8 @@ def change_colors(
     is_blurred, is_gray = chosen.unbind(1)
     mean, std = statistics(image.device)
     blurred = TF.gaussian_blur(image, [5, 5], [1.1, 1.1])  # the deviation of a kernel of 5
-    image = torch.where(is_blurred[:, None, None, None], blurred, image) * std + mean
-    image = jitter(image.clamp(0, 1), factors, order)
+    image = torch.where(is_blurred[:, None, None, None], blurred, image).mul_(std).add_(mean)
+    image = jitter(image.clamp_(0, 1), factors, order)
     image = torch.where(is_gray[:, None, None, None], gray(image), image)
     return ((image - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -1377,13 +1384,13 @@ def main(args: Args) -> dict:
             # DIFFERS (dcc.md 1): mean over the active places, as released; the paper's is of all.
             # DIFFERS (dcc.md 3): of all processes, not of each.
             counts = over_processes(counts.to(sums.dtype), world_size)
-            loss_dc = (sums / counts[:2].clamp(min=1 / world_size)).sum()
+            loss_contrastive = (sums / counts[:2].clamp(min=1 / world_size)).sum()
             weight, start_step = 0.0, args.dcc_start * args.steps
             if step >= start_step:
                 weight = args.lambda_u * ramp_up(step - start_step, args.ramp_up * args.steps)
-            loss = loss_sup + weight * loss_dc
+            loss = loss_sup + weight * loss_contrastive
 
-            logs = {"loss/sup": loss_sup, "loss/dc": loss_dc}
+            logs = {"loss/sup": loss_sup, "loss/contrastive": loss_contrastive}
             logs["pseudo/confidence"] = (crop_1[2].mean() + crop_2[2].mean()) / 2
             places = counts[3].clamp(min=1 / world_size)  # of the overlaps
             logs |= {"pseudo/active": (counts[0] + counts[1]) / (2 * places)}

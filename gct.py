@@ -129,9 +129,7 @@ class RunArgs:
 # === method args ===
 @dataclass(frozen=True, kw_only=True)
 class Args(RunArgs):
-    """Guided Collaborative Training. What is None takes its value from the data set's row of
-    PAPER.
-    """
+    """GCT. What is None takes its value from the data set's row of PAPER."""
 
     flaw_threshold: float = 0.6
     """handled flaw map above which a network's output is flawed"""
@@ -195,8 +193,8 @@ def three_epochs(args) -> float:
 # shapes are ours. An entry that depends on other flags is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 # DIFFERS (gct.md 5): Adam is blind to that factor: the detector's rate is the released 4 x 1e-4.
-# DIFFERS (gct.md 6): camvid and shapes ramp dynamic consistency in for longer, with the weight per
-# pixel of VOC (100 / 21).
+# DIFFERS (gct.md 6): camvid and shapes ramp dynamic consistency in for longer, since their networks
+# start from scratch, with the weight per pixel of VOC (100 / 21).
 # DIFFERS (gct.md 7): crops too small for the paper's three stages get a shallower detector.
 PAPER = {
     "voc": dict(
@@ -251,7 +249,7 @@ class FlawDetector(nn.Module):
     """Where is the softmax `prob` wrong? A regression: no activation at the end.
 
     (B, 3, H, W) normalized images and (B, C, H, W) -> (B, 1, H, W). `in_channels` counts image and
-    classes, `width` are the channels after the first convolution, `stages` the halvings between the
+    classes, `width` the channels after the first convolution, `stages` the halvings between the
     first and the last convolution; each doubles the channels (3 in the paper).
     """
 
@@ -1131,7 +1129,7 @@ def main(args: Args) -> dict:
             image_u, label_u = next(batches_u)
             n, image = len(image_l), torch.cat([image_l, image_u])
             # DIFFERS (gct.md 4): labeled and unlabeled images apart, for BatchNorm, and once each;
-            # AUTHORS: together (`joint_batch`), in two equal forwards.
+            # the release has them together (`joint_batch`), twice.
             parts = [image] if args.joint_batch else [image_l, image_u]
             with autocast:
                 logits_1, logits_2 = (torch.cat([d(x) for x in parts]) for d in (ddp_1, ddp_2))

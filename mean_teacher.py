@@ -157,8 +157,8 @@ class Args(RunArgs):
 # Sources: CPS repository 5e0c29c; camvid and shapes are ours. An entry that depends on other flags
 # is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
-# DIFFERS (mean_teacher.md 3): camvid and shapes ramp the consistency in, since they start from
-# scratch, with the weight per pixel of VOC (100 / 21), and their teachers remember 10 steps.
+# DIFFERS (mean_teacher.md 3): camvid and shapes ramp the consistency in, since their networks start
+# from scratch, with the weight per pixel of VOC (100 / 21), and their teachers remember 10 steps.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,

@@ -24,14 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SCRIPTS = [
     name
-    for name in "cps mean_teacher cutmix_mt classmix cct gct ael cmb dcc".split()
+    for name in "cps mean_teacher cutmix_mt classmix ael cct gct cmb dcc".split()
     if (ROOT / f"{name}.py").exists()
 ]
 # data set: (labeled split, name of the split in the table, steps)
 SPLITS = {
     "shapes": ("20", "20 of 1,024 labels", 1_000),
     "camvid": ("1/8", "1/8 (46 of 367 labels)", 500),
-    "ablation": ("20", "AEL on 20 of 1,024 labels", 1_000),
+    "ablation": ("20", "AEL on 20 of 1,024 labels", 500),
 }
 RARE = {"shapes": ("ring", "wire", "tent"), "camvid": ("bicyclist", "pedestrian", "pole")}
 RARE["ablation"] = RARE["shapes"]
@@ -71,7 +71,8 @@ def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
 def without(parts: tuple[str, ...]) -> list[str]:
     """Flags of AEL that leave these parts on, and a name for its run directory."""
     flags = [word for part, words in PARTS.items() if part not in parts for word in words]
-    return [*flags, "--exp-name", "-".join(["ael", *(parts or ["none"])])] if flags else []
+    name = "-".join(["ael", *(parts or ["none"])]) if flags else "ael-all"
+    return [*flags, "--exp-name", name]
 
 
 def command(experiment: dict, extra: list[str]) -> list[str]:
@@ -189,7 +190,7 @@ def results(script: str) -> str:
             values = [100 * row["last"] for row in rows if row["row"] == name]
             cells.append(mean(values, statistics.stdev) if values else "")
         if script in [row["row"] for row in rows] or script == "supervised":
-            seeds = len({row["seed"] for row in rows if row["row"] in shown[-2:]})
+            seeds = len({row["seed"] for row in rows if row["row"] == shown[-2]})
             length = f"{rows[0]['steps']:,}, {seeds}"
             title = f"{dataset}, {SPLITS[dataset][1]}"
             lines.append(f"| {title} | {' | '.join(cells)} | {length} |")

@@ -99,8 +99,9 @@ def hsv_to_rgb(image: torch.Tensor) -> torch.Tensor:
     """The inverse of `rgb_to_hsv`."""
     hue, saturation, value = image[:, :, None].unbind(1)  # (B, 1, H, W) each
     offset = 5 - 2 * torch.arange(3, device=image.device).view(1, 3, 1, 1)
-    sixth = (offset + 6 * hue) % 6
-    return value - value * saturation * torch.minimum(sixth, 4 - sixth).clamp(0, 1)
+    sixth = (offset + 6 * hue).remainder_(6)
+    share = torch.minimum(sixth, 4 - sixth).clamp_(0, 1)
+    return torch.addcmul(value, value * saturation, share, value=-1)
 
 
 def color_jitter(

@@ -399,7 +399,7 @@ def test_main_takes_the_authors_steps(path, group, epsilon, quick, monkeypatch):
         if group == "edge/single_label" and not released:
             losses = 0.0  # theirs is what epsilon makes of no negative at all
         tolerance = {"rel": 2e-5 if released else 2e-2, "abs": 2e-6}
-        assert row["loss/dc"] == pytest.approx(losses, **tolerance)
+        assert row["loss/contrastive"] == pytest.approx(losses, **tolerance)
         if "loss_sup" in out:
             assert row["loss/sup"] == pytest.approx(out["loss_sup"].item(), rel=2e-5)
         for key in ("enc1", "enc2", "logits_l"):
@@ -681,7 +681,7 @@ def test_it_trains(quick, flags):
         assert all(0 <= row[key] <= 1 for row in rows), key
     assert rows[-1]["pseudo/active"] > 0 and rows[-1]["pseudo/accuracy"] > 0
     assert rows[-1]["pseudo/agreement"] > 0.3
-    assert all(math.isfinite(row["loss/dc"]) for row in rows)
+    assert all(math.isfinite(row["loss/contrastive"]) for row in rows)
 
 
 BASE = {"confidence_threshold": 0.2, "dcc_start": 0.0, "ramp_up": 0.0, "lr": 3e-3, "steps": 3}
