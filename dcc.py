@@ -1400,8 +1400,7 @@ def main(args: Args) -> dict:
                 known = label_u < UNKNOWN
                 right = (torch.stack([crop_1[1], crop_2[1]]) == label_u) & known
                 logs["pseudo/accuracy"] = right.sum() / known.sum().clamp(min=1)
-            maps = [*crop_1[1:], *crop_2[1:]]
-            maps = [each.repeat_interleave(8, 1).repeat_interleave(8, 2) for each in maps]
+            maps = [*crop_1[1:], *crop_2[1:]]  # 1/8 of the crop's size
             pictures = {"labeled": ([image_l], [label_l, logits_l]), "unlabeled": (image_u, maps)}
 
             # === backward (copied) ===

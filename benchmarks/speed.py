@@ -291,11 +291,11 @@ FLOORS = {
     "mean_teacher": mean_teacher_floor,
     "cutmix_mt": cutmix_mt_floor,
     "classmix": classmix_floor,
+    "ael": ael_floor,
     "cct": cct_floor,
     "gct": gct_floor,
     "cmb": cmb_floor,
     "dcc": dcc_floor,
-    "ael": ael_floor,
 }
 
 

@@ -173,13 +173,14 @@ def side_by_side(images: list, maps: list, palette, count: int = 4) -> torch.Ten
     Args:
         images: normalized images (B, 3, H, W)
         maps: labels (B, H, W) int64, confidences (B, H, W) float in [0, 1], shown gray, or logits
-            (B, C, H, W), shown as their argmax
+            (B, C, H, W), shown as their argmax; smaller ones are enlarged
     """
     panels = [denormalize(image[:count].detach().cpu()) for image in images]
     for tensor in (each[:count].detach().cpu() for each in maps):
         if tensor.ndim == 3 and tensor.is_floating_point():
-            panels.append((tensor * 255).byte()[:, None].expand(-1, 3, -1, -1))
+            panel = (tensor * 255).byte()[:, None].expand(-1, 3, -1, -1)
         else:
-            panels.append(colorize(tensor.argmax(1) if tensor.ndim == 4 else tensor, palette))
+            panel = colorize(tensor.argmax(1) if tensor.ndim == 4 else tensor, palette)
+        panels.append(F.interpolate(panel, panels[0].shape[2:]))
     lines = torch.cat(panels, dim=3)  # (B, 3, H, columns W)
     return torch.cat(list(lines), dim=1)

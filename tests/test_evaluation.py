@@ -413,6 +413,9 @@ def test_side_by_side():
     assert side_by_side([normalize(raw)], [], PALETTE, count=9).shape == (3, 5 * 6, 7)
     half = side_by_side([normalize(raw).half()], [confidence.half()], PALETTE, count=1)
     assert half.shape == (3, 6, 14)
+    small = side_by_side([normalize(raw)], [label[:, :2, :1]], PALETTE, count=1)[:, :, 7:]
+    whole = label[0, :2, :1].repeat_interleave(3, 0).repeat_interleave(7, 1)
+    assert torch.equal(small, colorize(whole, PALETTE))
 
 
 def test_scores_of_arrays_agree_with_numpy():
