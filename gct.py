@@ -150,7 +150,7 @@ class Args(RunArgs):
     detector_width: int | None = None
     """channels after the flaw detector's first convolution"""
     detector_stages: int | None = None
-    """halvings between its first and last; each doubles the channels"""
+    """doublings of its channels in between; halvings too, as far as the crop allows"""
     log_pseudo_accuracy: bool = False
     """log pseudo/accuracy, where unlabeled images have labels: a diagnostic, never trained on"""
 
@@ -164,7 +164,7 @@ class Args(RunArgs):
         if self.detector_width is not None and self.detector_width < 2:
             raise UserError(f"--detector-width {self.detector_width}: must be 2 or more")
         if None not in (self.crop_size, self.detector_stages) and self.crop_size >= 32:
-            most = most_stages(self.crop_size, 2)
+            most = max(n for n in range(1, self.crop_size) if last_map(self.crop_size, n, 0) >= 2)
             if not 1 <= self.detector_stages <= most:
                 raise UserError(
                     f"--detector-stages {self.detector_stages}: at --crop-size {self.crop_size} "
@@ -172,12 +172,22 @@ class Args(RunArgs):
                 )
 
 
-def most_stages(crop_size: int, least: int) -> int:
-    """Stages after which the detector's last map still has `least` pixels a side; 1 or more."""
-    stages, size = 0, crop_size // 2
-    while (size // 2 - 1) // 2 >= least:
-        stages, size = stages + 1, size // 2 - 1
-    return max(1, stages)
+def last_map(crop_size: int, stages: int, halvings: int) -> int:
+    """Side of the flaw detector's last map, if the first `halvings` of its stages halve it."""
+    size = crop_size // 2
+    for stage in range(stages):
+        size = (size // 2 if stage < halvings else size - 1) - 1
+    return size // 2
+
+
+def fitting_stages(args) -> int:
+    """The paper's 3, or fewer where they would leave less than 5 pixels a side."""
+    return max(n for n in (1, 2, 3) if n == 1 or last_map(args.crop_size, n, n) >= 5)
+
+
+def fitting_halvings(crop_size: int, stages: int) -> int:
+    """How many of the stages halve: at 9 pixels a side or more, as the paper's 9 at 321 pixels."""
+    return max(n for n in range(stages + 1) if n == 0 or last_map(crop_size, stages, n) >= 9)
 
 
 def three_epochs(args) -> float:
@@ -195,35 +205,35 @@ def three_epochs(args) -> float:
 # DIFFERS (gct.md 5): Adam is blind to that factor: the detector's rate is the released 4 x 1e-4.
 # DIFFERS (gct.md 6): camvid and shapes ramp dynamic consistency in for longer, since their networks
 # start from scratch, with the weight per pixel of VOC (100 / 21).
-# DIFFERS (gct.md 7): crops too small for the paper's three stages get a shallower detector.
+# DIFFERS (gct.md 7): small crops get a shallower detector that halves less often.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
         steps=lambda args: {"1/8": 39_338, "1/2": 39_660}.get(args.split.split(":")[-1], 39_680),
         optimizer="sgd", lr=0.0025, momentum=0.9, weight_decay=4e-4, supervised_loss="ce",
         lambda_dc=100.0, ramp_up=three_epochs, lambda_fc=1.0, detector_lr=4e-4, detector_width=64,
-        detector_stages=lambda args: min(3, most_stages(args.crop_size, 5)),
+        detector_stages=fitting_stages,
     ),
     "cityscapes": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=800,
         steps=lambda args: {"1/16": 44_544, "1/8": 44_525}.get(args.split.split(":")[-1], 44_640),
         optimizer="sgd", lr=0.0025, momentum=0.9, weight_decay=8e-4, supervised_loss="ohem",
         lambda_dc=100.0, ramp_up=three_epochs, lambda_fc=1.0, detector_lr=4e-4, detector_width=64,
-        detector_stages=lambda args: min(3, most_stages(args.crop_size, 5)),
+        detector_stages=fitting_stages,
     ),
     "camvid": dict(
         split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160,
         steps=1_000,
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
         lambda_dc=52.0, ramp_up=0.4, lambda_fc=1.0, detector_lr=4e-4, detector_width=16,
-        detector_stages=lambda args: min(3, most_stages(args.crop_size, 5)),
+        detector_stages=fitting_stages,
     ),
     "shapes": dict(
         split="20", backbone="resnet14", weights="none", batch_size=16, crop_size=48,
         steps=1_000,
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
         lambda_dc=38.0, ramp_up=0.4, lambda_fc=1.0, detector_lr=4e-4, detector_width=16,
-        detector_stages=lambda args: min(3, most_stages(args.crop_size, 5)),
+        detector_stages=fitting_stages,
     ),
 }  # fmt: skip
 PAPER["folder"] = PAPER["voc"] | {"split": "labeled.txt", "steps": 39_680}
@@ -249,16 +259,20 @@ class FlawDetector(nn.Module):
     """Where is the softmax `prob` wrong? A regression: no activation at the end.
 
     (B, 3, H, W) normalized images and (B, C, H, W) -> (B, 1, H, W). `in_channels` counts image and
-    classes, `width` the channels after the first convolution, `stages` the halvings between the
-    first and the last convolution; each doubles the channels (3 in the paper).
+    classes, `width` the channels after the first convolution. Each of the `stages` between first and
+    last convolution doubles the channels (3 in the paper), the first `halvings` (None: all) also
+    halve the map.
     """
 
-    def __init__(self, in_channels: int, width: int = 64, stages: int = 3):
+    def __init__(
+        self, in_channels: int, width: int = 64, stages: int = 3, halvings: int | None = None
+    ):
         super().__init__()
         channels = [width << stage for stage in range(stages + 1)]
         steps = [(in_channels, width, 2)]
-        for before, after in zip(channels, channels[1:], strict=False):
-            steps += [(before, after, 2), (after, after, 1)]
+        for stage, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+            stride = 2 if halvings is None or stage < halvings else 1
+            steps += [(before, after, stride), (after, after, 1)]
         layers = []
         for before, after, stride in steps:
             layers.append(nn.Conv2d(before, after, 4, stride=stride, padding=1))
@@ -274,7 +288,8 @@ class FlawDetector(nn.Module):
 def make_detector(args, num_classes, world_size, device):
     """A flaw detector and what to call to train it, the same on every process."""
     torch.manual_seed(stream_seed(args.seed, "weights/detector"))
-    detector = FlawDetector(3 + num_classes, args.detector_width, args.detector_stages)
+    halvings = fitting_halvings(args.crop_size, args.detector_stages)
+    detector = FlawDetector(3 + num_classes, args.detector_width, args.detector_stages, halvings)
     return prepare(detector, args, world_size, device)
 
 

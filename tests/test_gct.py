@@ -29,8 +29,8 @@ from gct import (
     flaw_correction_loss,
     flaw_target,
     handle_flaw_map,
+    last_map,
     main,
-    most_stages,
 )
 
 GOLDENS = golden_files("gct_seed*.npz")
@@ -274,20 +274,23 @@ def test_detector_of_the_paper():
 
 
 def test_stages_and_maps():
-    """The map has the image's size; the last convolution's is as `most_stages` counts it."""
-    for size, stages in ((32, 1), (48, 1), (96, 2), (160, 2), (321, 3)):
-        assert min(3, most_stages(size, 5)) == stages
+    """The map has the image's size; the last convolution's is as `last_map` counts it."""
+    fitting = {32: (1, 0, 7), 48: (1, 0, 11), 96: (2, 1, 10), 160: (2, 2, 9), 512: (3, 3, 15)}
+    for size, (stages, halvings, last) in fitting.items():
         assert PAPER["shapes"]["detector_stages"](Args(crop_size=size)) == stages
-    for size, stages, last in ((32, 1, 3), (48, 1, 5), (96, 3, 2), (160, 2, 9), (321, 3, 9)):
-        detector, sizes = FlawDetector(5, 2, stages), []
+        assert gct.fitting_halvings(size, stages) == halvings
+        assert last_map(size, stages, halvings) == last
+    for size, stages, halvings, last in (
+        (32, 1, 1, 3), (48, 1, 0, 11), (96, 3, 3, 2), (96, 3, 1, 9), (321, 3, None, 9),
+    ):  # fmt: skip
+        detector, sizes = FlawDetector(5, 2, stages, halvings), []
         for layer in detector.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.register_forward_hook(lambda _, __, out, to=sizes: to.append(out.shape[-1]))
         out = detector(torch.rand(2, 3, size, size), torch.rand(2, 2, size, size))
         assert out.shape == (2, 1, size, size) and sizes[-1] == last
-        assert most_stages(size, last) == stages
-        if size == 321:
-            assert sizes == [160, 80, 79, 39, 38, 19, 18, 9]
+        assert last_map(size, stages, stages if halvings is None else halvings) == last
+    assert sizes == [160, 80, 79, 39, 38, 19, 18, 9]
 
 
 # --- whole steps ---
@@ -574,7 +577,7 @@ def test_bf16_keeps_every_gradient(quick):
     {"flaw_threshold": -0.1}, {"flaw_threshold": 1.5}, {"flaw_threshold": float("nan")},
     {"flaw_rounds": 0}, {"ramp_up": 1.1}, {"ramp_up": -0.1}, {"lambda_dc": -1.0},
     {"lambda_fc": float("nan")}, {"detector_lr": 0.0}, {"detector_lr": float("nan")},
-    {"detector_width": 1}, {"detector_stages": 0}, {"detector_stages": 2},
+    {"detector_width": 1}, {"detector_stages": 0}, {"detector_stages": 7},
 ], ids=str)  # fmt: skip
 def test_bad_flags(quick, flags):
     with pytest.raises(gct.UserError, match=next(iter(flags)).replace("_", "-")):
