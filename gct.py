@@ -259,9 +259,8 @@ class FlawDetector(nn.Module):
     """Where is the softmax `prob` wrong? A regression: no activation at the end.
 
     (B, 3, H, W) normalized images and (B, C, H, W) -> (B, 1, H, W). `in_channels` counts image and
-    classes, `width` the channels after the first convolution. Each of the `stages` between first and
-    last convolution doubles the channels (3 in the paper), the first `halvings` (None: all) also
-    halve the map.
+    classes, `width` the channels after the first convolution. Each of the `stages` between it and
+    the last one (3 in the paper) doubles them, the first `halvings` (None: all) also halve the map.
     """
 
     def __init__(
