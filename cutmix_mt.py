@@ -761,6 +761,8 @@ class Run:
         self.folder = Path(args.output_dir) / "__".join(parts)
         self.args, self.data, self.protocol, self.rank = args, data, protocol, rank
         self.device, self.signal, self.handlers, self.open_files = device, 0, {}, []
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.overwrite = args.overwrite and not restarted
         script = Path(__file__).stem
         self.saved_args = asdict(args) | {"script": script, "split_identity": split.identity}
         self.meta = {
@@ -797,14 +799,11 @@ class Run:
         except (ImportError, OSError):
             print(f"{self.folder}: this system has no file locks; start no second run here")
         self.open_files.append(lock)
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if self.args.overwrite and not restarted:
-            for path in self.folder.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def load(self) -> dict | None:
         """The last complete checkpoint; None if there is none, so that the run starts anew."""
+        if self.overwrite:
+            return None
         last, previous = self.folder / "last.pt", self.folder / "previous.pt"
         for path in (last, previous):
             try:
@@ -842,6 +841,10 @@ class Run:
         self.open_files.append(self.bar)
         if self.rank != 0:
             return
+        if self.overwrite:  # only now that all checks are passed
+            for path in self.folder.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         rows = []
         if start and (self.folder / "log.jsonl").exists():
             for line in (self.folder / "log.jsonl").read_text().splitlines():

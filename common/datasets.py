@@ -21,7 +21,7 @@ from torchvision import tv_tensors
 from tqdm import tqdm
 
 from common import UserError, synthetic
-from common.splits import Split, _locked, extract, fetch, make_split
+from common.splits import Split, extract, fetch, locked, make_split
 
 IGNORE = 255
 UNKNOWN = 254  # inside an unlabeled image, where 255 is left to the padding
@@ -248,7 +248,7 @@ class VOC(SegmentationData):
             )
         part = target.with_suffix(".part")
         try:
-            with _locked(self.folder):
+            with locked(self.folder):
                 if target.is_dir():  # another run wrote it meanwhile
                     return
                 shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
@@ -368,7 +368,7 @@ class CamVid(SegmentationData):
 
     def _download(self, root: Path) -> None:
         archive = fetch(self.archive, root / "downloads" / f"camvid-{self.commit}.zip", None)
-        with _locked(root):
+        with locked(root):
             if (root / "camvid" / "trainannot").is_dir():  # another run wrote it meanwhile
                 return
             extract(archive, root / "downloads")

@@ -284,7 +284,7 @@ def fetch(url, path, checksum, timeout=10.0) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {path.parent} ({error}); change --data-root") from None
-    with _locked(path.parent):
+    with locked(path.parent):
         if path.exists():  # verified before it got this name, perhaps by a run we waited for
             return path
         part = path.with_name(path.name + ".part")
@@ -352,7 +352,7 @@ def extract(archive, folder):
     try:
         base = folder if folder.is_dir() else folder.parent  # on the file system of the target
         base.mkdir(parents=True, exist_ok=True)
-        with _locked(base):
+        with locked(base):
             scratch = base / f".{archive.name}.part"
             shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
             scratch.mkdir()
@@ -398,7 +398,7 @@ def _move(source, target):
 
 
 @contextlib.contextmanager
-def _locked(folder):
+def locked(folder):
     """One process at a time writes into `folder`; no lock where the system offers none."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):  # Windows; some network file systems

@@ -17,6 +17,8 @@ import torch
 from conftest import SCRIPTS, assert_same, read_log, weights
 from torch import nn
 
+import ael
+import cmb
 import cps
 import supervised
 
@@ -246,6 +248,20 @@ def test_overwrite_is_for_the_first_start_only(quick, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     supervised.main(args)
     assert not (folder / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong", "flag"),
+    [(ael, {"paste_exclude": (99,)}, "--paste-exclude"), (cmb, {"batch_size": 2}, "--batch-size")],
+    ids=["ael", "cmb"],
+)
+def test_overwrite_deletes_nothing_before_all_checks_are_passed(quick, script, wrong, flag):
+    args = quick(script.Args, steps=2)
+    folder = Path(script.main(args)["run_dir"])
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(script.UserError, match=flag):
+        script.main(replace(args, overwrite=True, **wrong))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_nan_stops_with_step_and_term_and_keeps_the_state(quick, monkeypatch):
