@@ -304,7 +304,7 @@ def paste(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where((mask if a.ndim == 4 else mask[:, 0]) > 0.5, b, a)
 
 
-# === teacher (copied) ===
+# === schedules (copied) ===
 def ramp_up(step: int, ramp_up_steps: float) -> float:
     """exp(-5 (1 - t)^2) with t = step / ramp_up_steps; 1 from `ramp_up_steps` on."""
     if step >= ramp_up_steps:
@@ -317,6 +317,7 @@ def ema_decay(step: int, max_decay: float) -> float:
     return min(1 - 1 / (step + 1), max_decay)
 
 
+# === teacher (copied) ===
 def make_teacher(student: nn.Module, args) -> nn.Module:
     """A copy of the student, buffers included, that no gradient reaches; in train mode."""
     teacher = copy.deepcopy(student).requires_grad_(False)

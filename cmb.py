@@ -275,6 +275,13 @@ def quota(num_labeled: int, capacity: int, dataset: str, num_classes: int = 21) 
     return max(1, int(share * round(capacity / num_labeled)))
 
 
+def ramp_up(step: int, ramp_up_steps: float) -> float:
+    """exp(-5 (1 - t)^2) with t = step / ramp_up_steps; 1 from `ramp_up_steps` on."""
+    if step >= ramp_up_steps:
+        return 1.0
+    return math.exp(-5 * (1 - step / ramp_up_steps) ** 2)
+
+
 def cosine_decay(step: int, steps: int, start: float) -> float:
     """EMA decay: `start`, rising to 1 at the end by half a cosine; 1 - 1/(10 t + 1) at first."""
     rest = (1 - start) * (math.cos(math.pi * step / steps) + 1) / 2
@@ -778,18 +785,6 @@ def blurred(image: torch.Tensor, sigma: tuple[float, float]) -> torch.Tensor:
 
 
 # === teacher (copied) ===
-def ramp_up(step: int, ramp_up_steps: float) -> float:
-    """exp(-5 (1 - t)^2) with t = step / ramp_up_steps; 1 from `ramp_up_steps` on."""
-    if step >= ramp_up_steps:
-        return 1.0
-    return math.exp(-5 * (1 - step / ramp_up_steps) ** 2)
-
-
-def ema_decay(step: int, max_decay: float) -> float:
-    """min(1 - 1 / (step + 1), max_decay): a plain mean at first; step 0 copies the student."""
-    return min(1 - 1 / (step + 1), max_decay)
-
-
 def make_teacher(student: nn.Module, args) -> nn.Module:
     """A copy of the student, buffers included, that no gradient reaches; in train mode."""
     teacher = copy.deepcopy(student).requires_grad_(False)
