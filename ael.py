@@ -272,6 +272,7 @@ def update_confidence(
 
     A class without pixels counts as `"zero"`, as released, or it will `"keep"` its value.
     """
+    # DIFFERS (ael.md 8): "keep" is ours; as released, a bank of rare classes stays low.
     new = momentum * bank + (1 - momentum) * sum / count.clamp(min=1)
     return torch.where(count > 0, new, bank) if absent == "keep" else new
 
@@ -315,9 +316,11 @@ def consistency_loss(
         world_size: processes over which the mean is taken, each with images of its own
     """
     logits = full_precision(student_logits)
+    # DIFFERS (ael.md 5): as released, the student's class decides on sampling.
     sampled = uniform > 1 - rate.detach()[logits.argmax(1)]
     weight = confidence.detach() ** gamma * sampled
     loss = F.cross_entropy(logits, pseudo_label, ignore_index=IGNORE, reduction="none")
+    # DIFFERS (ael.md 3): one mean over the batch, ignored pixels included, as released.
     return (weight * loss).sum() / (over_processes(weight.sum(), world_size) + 1e-12)
 
 

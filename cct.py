@@ -188,6 +188,7 @@ class Args(RunArgs):
 # ours. An entry that depends on other flags is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 # DIFFERS (cct.md 1): the supervised loss is that of the other scripts, not abce.
+# DIFFERS (cct.md 4): two decoders of each kind (`Args.decoders`), not 2, 6, 6, 2, 2, 6, 6.
 # DIFFERS (cct.md 8): camvid and shapes ramp the consistency in longer, since their networks
 # start from scratch, with the weight per pixel of VOC (30 / 21).
 PAPER = {

@@ -358,6 +358,8 @@ def run_mlps(
         return torch.baddbmm(bias[owner][:, None], rows, weight[owner].mT)
 
     hidden = linear(rows, 0)
+    # DIFFERS (cmb.md 9): one row is no error: its variance is 0.
+    # DIFFERS (cmb.md 10): mean and variance are those of the rows of all processes.
     norms = [mlp[1] for mlp in mlps]
     if norms[0].training:
         reduce = (lambda value: value) if shared else sum_over_processes

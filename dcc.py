@@ -639,6 +639,7 @@ def change_colors(
     Args:
         image: (n, 3, H, W) normalized, images `first` to `first + n` of the global batch
     """
+    # DIFFERS (dcc.md 10): one order of the changes for the whole batch.
     order = torch.randperm(4, generator=generator).tolist()
     draw = torch.rand(batch_size, 7, generator=generator)[first : first + len(image)]
     change = torch.tensor([0.4, 0.4, 0.4, 0.1]) * (2 * draw[:, 3:] - 1) * (draw[:, :1] < 0.8)
