@@ -8,11 +8,14 @@ import pytest
 import torch
 from conftest import SCRIPTS
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py has the real thing")
 
 
 class FakeGPU(TorchDispatchMode):
@@ -66,7 +69,7 @@ def no_gradients(outputs, inputs, *_, **__):
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    mode = FakeGPU()  # before there is a GPU, so that it does not try to start it
+    mode = FakeGPU()
     make = torch.tensor
 
     def tensor(*args, device=None, **kwargs):  # it creates where no mode sees it
@@ -74,6 +77,7 @@ def fake_gpu(monkeypatch):
 
     for owner, name, value in [
         (FakeTensorMode, "avoid_device_init", True),
+        (fake_tensor, "init_gpu_context", lambda _: None),
         (torch, "tensor", tensor),
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "device_count", lambda: 1),
@@ -81,6 +85,7 @@ def fake_gpu(monkeypatch):
         (torch.cuda, "set_device", lambda _: None),
         (torch.cuda, "is_bf16_supported", lambda **_: True),
         (torch.cuda, "get_device_name", lambda: "fake"),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "Event", Event),
         (torch.Tensor, "pin_memory", lambda self, *_: self),
