@@ -4,6 +4,7 @@
     python benchmarks/quality.py shapes --workers 1       # run them, one at a time; resumable
     python benchmarks/quality.py shapes --rows cps --workers 1 --log-pseudo-accuracy
     python benchmarks/quality.py ablation --workers 1     # AEL on shapes without its parts
+    python benchmarks/quality.py weights --workers 1      # GCT on shapes with smaller weights
     python benchmarks/quality.py shapes --table           # results/shapes.jsonl -> README.md
 
 A run that is complete is not repeated, a killed one continues. Seeds are paired: seed s of every
@@ -32,10 +33,13 @@ SPLITS = {
     "shapes": ("20", "20 of 1,024 labels", 1_000),
     "camvid": ("1/8", "1/8 (46 of 367 labels)", 500),
     "ablation": ("20", "AEL on 20 of 1,024 labels", 500),
+    "weights": ("20", "GCT on 20 of 1,024 labels", 1_000),
 }
+FIRST_SEED = {"weights": 10}  # a choice is made on other seeds than those of the tables
 RARE = {"shapes": ("ring", "wire", "tent"), "camvid": ("bicyclist", "pedestrian", "pole")}
-RARE["ablation"] = RARE["shapes"]
-PAGES = {"ablation": "docs/ael.md"}  # that hold a table; the README for the others
+RARE["ablation"] = RARE["weights"] = RARE["shapes"]
+# Pages that hold a table; the README has the others.
+PAGES = {"ablation": "docs/ael.md", "weights": "docs/gct.md"}
 # AEL's parts: dynamic re-weighting, adaptive sampling, adaptive CutMix, adaptive Copy-Paste.
 PARTS = {
     "DR": ["--gamma", "0"], "AES": ["--no-sampling"], "ACM": ["--no-adaptive-cutmix"],
@@ -46,6 +50,11 @@ ABLATION = {
     "none": (), "DR": ("DR",), "AES": ("AES",), "ACM": ("ACM",), "ACP": ("ACP",),
     "DR AES": ("DR", "AES"), "DR AES ACM": ("DR", "AES", "ACM"), "all": tuple(PARTS),
 }  # fmt: skip
+# Of GCT's two unsupervised losses, as multiples of VOC's weight per pixel.
+WEIGHTS = {
+    f"x {share:g}": ["--lambda-dc", f"{38 * share:g}", "--lambda-fc", f"{share:g}"]
+    for share in (1, 0.3, 0.1, 0.03)
+}
 
 
 def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
@@ -53,14 +62,19 @@ def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
     split, _, steps = SPLITS[dataset]
     if dataset == "ablation":
         rows = [(row, "ael", split, without(parts)) for row, parts in ABLATION.items()]
+    elif dataset == "weights":
+        rows = [("labels only", "supervised", split, [])]
+        for row, flags in WEIGHTS.items():
+            rows.append((row, "gct", split, [*flags, "--exp-name", f"gct-{flags[-1]}"]))
     else:
         rows = [("labels only", "supervised", split, [])]
         rows += [(name, name, split, []) for name in SCRIPTS]
         rows.append(("all labels", "supervised", "full", []))
-    data = "shapes" if dataset == "ablation" else dataset
+    data = dataset if dataset in ("shapes", "camvid") else "shapes"
     found = []
     for row, script, which, more in rows:
-        for seed in range(seeds if not only or row in only else 0):
+        for number in range(seeds if not only or row in only else 0):
+            seed = FIRST_SEED.get(dataset, 0) + number
             flags = ["--dataset", data, "--split", which, "--seed", str(seed)]
             flags += ["--steps", str(steps)]
             flags += ["--split-seed", str(seed)] if which != "full" else []
@@ -122,7 +136,8 @@ def read(dataset: str) -> list[dict]:
 
 def place(row: dict) -> tuple[int, int]:
     """Of a result in the table."""
-    return ["labels only", *SCRIPTS, "all labels", *ABLATION].index(row["row"]), row["seed"]
+    order = ["labels only", *SCRIPTS, "all labels", *ABLATION, *WEIGHTS]
+    return order.index(row["row"]), row["seed"]
 
 
 def add(dataset: str, new: list[dict]) -> None:
