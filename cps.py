@@ -717,8 +717,7 @@ class Run:
         self.folder = Path(args.output_dir) / "__".join(parts)
         self.args, self.data, self.protocol, self.rank = args, data, protocol, rank
         self.device, self.signal, self.handlers, self.open_files = device, 0, {}, []
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        self.overwrite = args.overwrite and not restarted
+        self.overwrite = args.overwrite
         script = Path(__file__).stem
         self.saved_args = asdict(args) | {"script": script, "split_identity": split.identity}
         self.meta = {
@@ -740,7 +739,7 @@ class Run:
     def _claim(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / "lock").open("w")
+            self.lock = lock = (self.folder / "lock").open("a+")
         except OSError as error:
             raise UserError(f"--output-dir {self.args.output_dir}: {error}") from None
         try:
@@ -755,6 +754,11 @@ class Run:
         except (ImportError, OSError):
             print(f"{self.folder}: this system has no file locks; start no second run here")
         self.open_files.append(lock)
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+            lock.truncate(0)
+        else:  # torchrun's next attempt resumes, if one before it has emptied the directory
+            lock.seek(0)
+            self.overwrite = self.overwrite and not lock.read()
 
     def load(self) -> dict | None:
         """The last complete checkpoint; None if there is none, so that the run starts anew."""
@@ -801,6 +805,8 @@ class Run:
             for path in self.folder.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self.lock.write("emptied")
+            self.lock.flush()
         rows = []
         if start and (self.folder / "log.jsonl").exists():
             for line in (self.folder / "log.jsonl").read_text().splitlines():

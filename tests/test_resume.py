@@ -250,6 +250,20 @@ def test_overwrite_is_for_the_first_start_only(quick, monkeypatch):
     assert not (folder / "mine.txt").exists()
 
 
+def test_overwrite_after_a_first_start_that_failed_early(quick, monkeypatch):
+    args = quick(supervised.Args, overwrite=True)
+    folder = Path(supervised.main(args)["run_dir"])
+    (folder / "mine.txt").write_text("of the run before")
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "make_network", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            supervised.main(args)
+    assert (folder / "mine.txt").exists()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    supervised.main(args)
+    assert not (folder / "mine.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("script", "wrong", "flag"),
     [(ael, {"paste_exclude": (99,)}, "--paste-exclude"), (cmb, {"batch_size": 2}, "--batch-size")],
