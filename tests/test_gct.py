@@ -358,7 +358,8 @@ def test_main_takes_the_authors_step(path, handled, quick, monkeypatch):
     args = quick(
         Args, steps=200, optimizer="sgd", lr=gct.poly_lr(2.5e-4, 1, 200), momentum=0.9,
         weight_decay=5e-4, batch_size=2, crop_size=96, detector_lr=gct.poly_lr(1e-4, 1, 200),
-        log_every=1, save_every=1, eval_every=10**6, joint_batch=True, lambda_dc=100.0,
+        log_every=1, save_every=1, eval_every=10**6, joint_batch=True,
+        lambda_dc=100.0, lambda_fc=1.0,
     )  # fmt: skip
     with pytest.raises(RecordedError):
         main(args)
