@@ -10,7 +10,6 @@
 The protocol is that of the CPS paper (2106.01226v3); docs/cps.md lists what differs.
 """
 
-import errno
 import json
 import math
 import os
@@ -19,148 +18,92 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+import tyro
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 from torchvision.models.resnet import Bottleneck, ResNet
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, claim
 from common.datasets import (
     IGNORE,
-    UNKNOWN,
     MicroBatches,
     Samples,
     StreamSampler,
-    Validation,
     open_data,
-    outlive_signals,
     step_generator,
     stream_seed,
 )
-from common.evaluation import Protocol, iou_per_class, mean_iou, side_by_side, validate
-from common.splits import fetch
-from common.transforms import MEAN, STD, WeakView, normalize
+from common.evaluation import Protocol, pixel_accuracy, side_by_side, validate
+from common.transforms import WeakView, normalize
+
+# Kinds of numbers, with their least and greatest value.
+Whole, Count = Annotated[int, 0, math.inf], Annotated[int, 1, math.inf]
+Amount, Share = Annotated[float, 0, math.inf], Annotated[float, 0, 1]
 
 
-# === args (copied) ===
 @dataclass(frozen=True, kw_only=True)
-class RunArgs:
-    """Flags of every script."""
-
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run directory"""
-    seed: int = 0
-    """weights, data order, views and masks follow from it"""
-    output_dir: str = "runs"
-    """folder of the run directories"""
-    overwrite: bool = False
-    """delete the run directory and start anew (the default resumes)"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda, else mps, else cpu"""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """mixed precision; auto: bf16 where the GPU has it, else fp16; off on cpu and mps"""
-    compile: bool = False
-    """torch.compile the networks"""
-    deterministic: bool = False
-    """deterministic algorithms on GPUs, where torch has them"""
-    num_workers: int | None = None
-    """loader processes per stream and training process; None: 2, or 0 (in the loop) on a CPU"""
-    log_every: int = 50
-    """steps between rows of the log"""
-    eval_every: int | None = None
-    """steps between evaluations; None: a tenth of the run"""
-    save_every: int = 500
-    """steps between checkpoints"""
-
-    dataset: Literal["voc", "cityscapes", "camvid", "shapes", "folder"] = "voc"
-    """data set"""
-    data_root: str = "data"
-    """folder of the data sets (of your own data, for folder)"""
-    split: str | None = None
-    """labeled images: 1/8 (cps:1/8), u2pl:1/8, pseudoseg:1/8, classic:92, 20, full, a list file"""
-    split_seed: int | None = None
-    """draw a ratio or a number of images by this seed"""
-    unlabeled: Literal["rest", "all"] = "rest"
-    """unlabeled images: the rest, or all (the labeled ones too, without their labels)"""
-    download: bool = False
-    """fetch the data set if it is not there"""
-    check_data: bool = False
-    """decode and check every image and label, then stop"""
-
-    backbone: Literal["resnet50", "resnet101", "resnet14"] | None = None
-    """encoder; resnet14 is the small one for CPUs"""
-    weights: str | None = None
-    """encoder's start: imagenet (torchvision's), none, or a file with a torchvision state dict"""
-
-    batch_size: int | None = None
-    """labeled images per step over all processes (and as many unlabeled ones)"""
-    accumulate: int = 1
-    """micro-batches per step and process, for small cards; BatchNorm sees one at a time"""
-    crop_size: int | None = None
-    """side of the training crops, pixels"""
-    steps: int | None = None
-    """optimizer steps; ramps and warm-ups are fractions of it"""
-    optimizer: Literal["sgd", "adamw"] | None = None
-    """optimizer; poly schedule, power 0.9"""
-    lr: float | None = None
-    """learning rate at step 0; the number of processes never changes it"""
-    head_lr_mult: float = 1.0
-    """learning rate of everything but the encoder, as a multiple of the encoder's"""
-    momentum: float | None = None
-    """SGD's momentum, AdamW's beta_1"""
-    weight_decay: float | None = None
-    """of weights; BatchNorm and biases have none"""
-    supervised_loss: Literal["ce", "ohem"] | None = None
-    """cross-entropy, or its mean over the hard pixels (0.7, 50,000 per image)"""
-
-
-# === method args ===
-@dataclass(frozen=True, kw_only=True)
-class Args(RunArgs):
+class Args:
     """Cross Pseudo Supervision. What is None takes its value from the data set's row of PAPER."""
 
-    cutmix: bool = True
-    """mix pairs of unlabeled images; without, labeled images take part in the CPS loss too"""
-    cutmix_partner: Literal["other", "same"] = "other"
-    """mix with another image (paper), or with a second crop of the same one (released code)"""
-    n_boxes: int = 3
-    """boxes per CutMix mask; where an even number overlap, the mask is 0 again"""
-    box_area: tuple[float, float] = (0.25, 0.5)
-    """least and greatest area of a mask's boxes together, share of the image"""
-    cps_target: Literal["label", "probability"] = "label"
-    """learn from the other network's argmax (CPS) or from its softmax (CPC)"""
-    lambda_cps: float | None = None
-    """weight of the CPS loss"""
-    cps_start: float | None = None
-    """share of the steps before the CPS loss sets in"""
-    cps_full: float | None = None
-    """share of the steps after which it has its full weight (linear between)"""
-    log_pseudo_accuracy: bool = False
-    """log pseudo/accuracy, where unlabeled images have labels: a diagnostic, never trained on"""
+    # === common flags (copied) ===
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run directory
+    seed: Whole = 0  # weights, data order, views and masks follow from it
+    output_dir: str = "runs"  # folder of the run directories
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; auto: on GPUs
+    compile: bool = False  # torch.compile the networks
+    deterministic: bool = False  # deterministic algorithms on GPUs, where torch has them
+    num_workers: Whole = 2 if torch.accelerator.is_available() else 0  # loaders per stream; 0: none
 
-    def __post_init__(self):
-        if not 0 < self.box_area[0] <= self.box_area[1] <= 1:
-            raise UserError(f"--box-area {self.box_area}: needs 0 < least <= greatest <= 1")
-        if None not in (self.cps_start, self.cps_full) and not (
-            0 <= self.cps_start <= self.cps_full <= 1
-        ):
-            raise UserError(
-                f"--cps-start {self.cps_start} --cps-full {self.cps_full}: are shares of the "
-                "steps, 0 <= start <= full <= 1"
-            )
+    dataset: Literal["voc", "cityscapes", "camvid", "shapes", "folder"] = "voc"
+    data_root: str = "data"  # folder of the data sets (of your own data, for folder)
+    split: str | None = None  # 1/8 (cps:1/8), u2pl:1/8, pseudoseg:1/8, classic:92, 20, full, a file
+    split_seed: Whole | None = None  # draw a ratio or a number of labeled images by this seed
+    unlabeled: Literal["rest", "all"] = "rest"  # all: labeled images too, without their labels
+    download: bool = False  # fetch the data set if it is not there
+    check_data: bool = False  # decode and check every image and label, then stop
+
+    backbone: Literal["resnet50", "resnet101", "resnet14"] | None = None  # resnet14: for CPUs
+    weights: str | None = None  # the encoder's start: imagenet, none, or a torchvision state dict
+    batch_size: Count | None = None  # labeled images per step, all processes (as many unlabeled)
+    accumulate: Count = 1  # micro-batches per step, for small cards; BatchNorm sees one at a time
+    crop_size: Annotated[int, 32, math.inf] | None = None  # side of the training crops, pixels
+    steps: Count | None = None  # optimizer steps; ramps and warm-ups are fractions of it
+    optimizer: Literal["sgd", "adamw"] | None = None  # poly schedule, power 0.9
+    lr: Amount | None = None  # learning rate at step 0, for any number of processes
+    head_lr_mult: Amount = 1.0  # of everything but the encoder, as a multiple of the encoder's
+    momentum: Annotated[float, 0, 0.999] | None = None  # SGD's momentum, AdamW's beta_1
+    weight_decay: Amount | None = None  # of weights; BatchNorm and biases have none
+    supervised_loss: Literal["ce", "ohem"] | None = None  # ohem: hard pixels (0.7, 50,000 an image)
+
+    log_every: Count = 50  # steps between rows of the log
+    eval_every: Count | None = None  # steps between evaluations; None: a tenth of the run
+    save_every: Count = 500  # steps between checkpoints
+
+    # === flags of the method ===
+    cutmix: bool = True  # mix pairs of unlabeled images; else labeled ones join the CPS loss
+    cutmix_partner: Literal["other", "same"] = "other"  # same: a second crop of it, as released
+    n_boxes: Count = 3  # per CutMix mask; where an even number overlap, the mask is 0 again
+    box_area: Annotated[tuple[float, float], 0.01, 1] = (0.25, 0.5)  # of all boxes, share of image
+    cps_target: Literal["label", "probability"] = "label"  # the other's argmax (CPS), softmax (CPC)
+    lambda_cps: Amount | None = None  # weight of the CPS loss
+    cps_start: Share | None = None  # share of the steps before the CPS loss sets in
+    cps_full: Share | None = None  # share of the steps from which on it has its full weight
+    log_pseudo_accuracy: bool = False  # where unlabeled images have labels, for the log alone
 
 
+# === paper ===
 # Sources: CPS repository 5e0c29c; camvid and shapes are ours. An entry that depends on other flags
 # is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
@@ -179,19 +122,13 @@ PAPER = {
         lambda_cps=lambda args: 5.0 if args.cutmix else 6.0, cps_start=0.0, cps_full=0.0,
     ),
     "camvid": dict(
-        split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160,
-        steps=1_000,
-        optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        lambda_cps=lambda args: 1.0 if args.cutmix else 1.5, cps_start=0.2, cps_full=0.4,
-    ),
-    "shapes": dict(
-        split="20", backbone="resnet14", weights="none", batch_size=16, crop_size=48,
-        steps=1_000,
+        split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160, steps=1_000,
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
         lambda_cps=lambda args: 1.0 if args.cutmix else 1.5, cps_start=0.2, cps_full=0.4,
     ),
 }  # fmt: skip
-PAPER["folder"] = PAPER["voc"] | {"split": "labeled.txt", "steps": 39_680}
+PAPER["shapes"] = PAPER["camvid"] | dict(split="20", batch_size=16, crop_size=48)
+PAPER["folder"] = PAPER["voc"] | dict(split="labeled.txt", steps=39_680)
 
 
 # === method ===
@@ -203,9 +140,7 @@ def cps_loss(
 ) -> torch.Tensor:
     """CE(f1, Y2) + CE(f2, Y1): each a mean over all pixels, the two added.
 
-    Args:
-        logits_1, logits_2: (B, C, H, W)
-        pseudo_label_1, pseudo_label_2: (B, H, W) int64, the two networks' own; no gradient
+    logits: (B, C, H, W); pseudo-labels: (B, H, W) int64, the two networks' own, no gradient
     """
     # DIFFERS (cps.md 1): one mean over labeled and unlabeled pixels together, as released, where
     # the paper adds two; with equal numbers of both, the paper's lambda is half of this one.
@@ -236,11 +171,9 @@ def cps_target(logits: torch.Tensor, kind: str) -> torch.Tensor:
 
 def linear_ramp(step: int, steps: int, start: float, full: float) -> float:
     """0 until `start`, 1 from `full` on, linear between; both are shares of `steps`."""
-    if step >= full * steps:
-        return 1.0
     if step < start * steps:
         return 0.0
-    return (step - start * steps) / ((full - start) * steps)
+    return 1.0 if step >= full * steps else (step - start * steps) / ((full - start) * steps)
 
 
 def box_masks(
@@ -255,22 +188,7 @@ def box_masks(
 
     The boxes of one mask share `area` (drawn from this range, as a share of the image), have random
     proportions and lie inside; each flips what it covers: where two overlap the mask is 0 again.
-    Training draws for the global batch and fills for its share.
     """
-    boxes = draw_boxes(batch_size, height, width, generator, n_boxes, area)
-    return fill_boxes(boxes, height, width)
-
-
-# === mixing (copied) ===
-def draw_boxes(
-    batch_size: int,
-    height: int,
-    width: int,
-    generator: torch.Generator,
-    n_boxes: int,
-    area: tuple[float, float],
-) -> torch.Tensor:
-    """The boxes of `box_masks`, (B, n, 4) int64: (top, left, bottom, right), ends excluded."""
     draw = {"generator": generator, "dtype": torch.float64}
     share = area[0] + (area[1] - area[0]) * torch.rand(batch_size, n_boxes, **draw)
     tallness = torch.rand(batch_size, n_boxes, **draw)
@@ -279,18 +197,14 @@ def draw_boxes(
     image = torch.tensor([height, width], dtype=torch.float64)
     size = (side * image).round()
     corner = ((image - size) * position).round()
-    return torch.cat([corner, corner + size], dim=2).long()
-
-
-def fill_boxes(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, n, 4) boxes -> (B, 1, H, W) float 0/1 on their device."""
-    top, left, bottom, right = boxes[..., None].unbind(2)  # (B, n, 1) each
-    y, x = (torch.arange(length, device=boxes.device) for length in (height, width))
+    (top, left), (bottom, right) = (at[..., None].unbind(2) for at in (corner, corner + size))
+    y, x = torch.arange(height), torch.arange(width)
     rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)  # (B, n, H), (B, n, W)
-    covered = (rows[..., :, None] & columns[..., None, :]).sum(1, keepdim=True)
-    return (covered % 2).float()
+    covered = rows.float().mT @ columns.float()  # by how many boxes: (B, H, W)
+    return (covered % 2)[:, None]
 
 
+# === mixing (copied) ===
 def paste(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """`a` where the mask (B, 1, H, W) is 0, `b` where it is 1; maps (B, H, W) mix likewise."""
     return torch.where((mask if a.ndim == 4 else mask[:, 0]) > 0.5, b, a)
@@ -303,14 +217,11 @@ def full_precision(logits: torch.Tensor) -> torch.Tensor:
 
 
 def cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the valid pixels of the local batch; 0 if there are none.
+    """Mean over the valid pixels of the local batch; 0 if there are none.
 
-    Args:
-        logits: (B, C, H, W)
-        label: (B, H, W) int64 class ids, 255 ignored
+    logits: (B, C, H, W); label: (B, H, W) int64 class ids, 255 ignored
     """
-    logits = full_precision(logits)
-    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
+    loss = F.cross_entropy(full_precision(logits), label, ignore_index=IGNORE, reduction="none")
     # DIFFERS (supervised.md 6): 0 without valid pixels, not NaN.
     return loss.sum() / (label != IGNORE).sum().clamp(min=1)
 
@@ -323,9 +234,8 @@ def ohem_cross_entropy(
     Hard: the true class has at most probability `threshold`, or is among the `min_kept` lowest.
     Fewer valid pixels than `min_kept`, or `min_kept` 0: plain cross-entropy.
     """
-    logits = full_precision(logits)
-    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # (B, H, W)
-    valid = label != IGNORE
+    loss = F.cross_entropy(full_precision(logits), label, ignore_index=IGNORE, reduction="none")
+    valid = label != IGNORE  # (B, H, W), as the loss
     if 0 < min_kept <= label.numel():
         with torch.no_grad():  # neither the threshold nor the choice carries gradient
             prob = torch.where(valid, (-loss).exp(), 1.0)
@@ -340,6 +250,136 @@ def supervised_loss(logits: torch.Tensor, label: torch.Tensor, kind: str) -> tor
     if kind == "ohem":
         return ohem_cross_entropy(logits, label, 0.7, 50_000 * len(label))
     return cross_entropy(logits, label)
+
+
+def main(args: Args) -> dict:
+    """Train and evaluate; returns miou, best_miou, steps and run_dir."""
+    # === setup (copied) ===
+    args = resolve(args)
+    rank, world_size, device = find_device(args)
+    data, split = open_data(args)
+    run = Run(args, data, split, rank)
+    if world_size > 1:  # torchrun's store outlives its restarts, the addresses in it do not
+        store, *_ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    checkpoint = run.open()
+    start = checkpoint["step"]
+    place = (start, rank, world_size, device)
+    autocast, scaler = make_autocast(args, device)
+    protocol = Protocol(pad_to=args.crop_size, window=args.crop_size if data.sliding else None)
+
+    # === networks ===
+    batches_l = make_batches(args, data, split.labeled, "labeled", place)
+    partner = {"other": "next", "same": "same"}[args.cutmix_partner] if args.cutmix else None
+    labels = "known" if args.log_pseudo_accuracy else "none"
+    batches_u = make_batches(args, data, split.unlabeled, "unlabeled", place, partner, labels)
+    networks = [make_network(args, len(data.classes), name) for name in ("1", "2")]
+    ddps = [prepare(network, args, world_size, device) for network in networks]
+    optimizer = make_optimizer(networks, args, device)
+    saved = {"network_1": networks[0], "network_2": networks[1]}
+    evaluated = "network_1"  # as in the CPS repository; the second network is not reported
+
+    # === resume (copied) ===
+    saved |= {"optimizer": optimizer, "scaler": scaler}
+    for name, thing in saved.items() if start else ():
+        if state := checkpoint.pop(name):  # the scaler's is empty unless fp16
+            thing.load_state_dict(state)
+    miou, best_miou = checkpoint["miou"], checkpoint["best_miou"]
+    history, clock = [], time.perf_counter()
+    silent = True if rank else None  # None: unless stderr is a terminal
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=silent):
+        # === batch (copied) ===
+        torch.manual_seed(stream_seed(args.seed, f"step/rank {rank}", step))  # as if never stopped
+        lr = poly_lr(args.lr, step, args.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        for micro in range(args.accumulate):
+            for wrapper in ddps:  # gradients are averaged once, in the last micro-batch
+                wrapper.require_backward_grad_sync = micro == args.accumulate - 1
+            image_l, label_l = next(batches_l)
+
+            # === loss ===
+            image_u, label_u = next(batches_u)
+            unmixed, kind = image_u, args.cps_target
+            if args.cutmix:  # image a with b: the next one of the global batch, or another crop
+                # DIFFERS (cps.md 3): the paper's two images are the default, not the release's one.
+                n, size = len(image_l), args.crop_size
+                first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
+                draw = step_generator(args.seed, "boxes", step)
+                mask = box_masks(args.batch_size, size, size, draw, args.n_boxes, args.box_area)
+                mask = mask[first : first + n].to(device, non_blocking=True)
+                a, b = image_u[:n], image_u[-n:]
+                # Targets are made on the unmixed images, in train mode, and then mixed. A context
+                # of its own: autocast would hand its weights without gradient to the next forward.
+                with torch.no_grad(), autocast:
+                    targets = [
+                        paste(cps_target(ddp(a), kind), cps_target(ddp(b), kind), mask)
+                        for ddp in ddps
+                    ]
+                unmixed, image_u = a, paste(a, b, mask)
+                label_u = paste(label_u[:n], label_u[-n:], mask)
+                with autocast:
+                    logits = [ddp(image_u) for ddp in ddps]
+                    logits_l = [ddp(image_l) for ddp in ddps]
+            else:
+                with autocast:
+                    logits_l = [ddp(image_l) for ddp in ddps]
+                    logits_u = [ddp(image_u) for ddp in ddps]
+                logits = [torch.cat(both) for both in zip(logits_l, logits_u, strict=True)]
+                targets = [cps_target(z, kind) for z in logits]
+            loss_sup = sum(supervised_loss(z, label_l, args.supervised_loss) for z in logits_l)
+            loss_cps = (cps_loss if kind == "label" else cpc_loss)(*logits, *targets)
+            weight = args.lambda_cps * linear_ramp(step, args.steps, args.cps_start, args.cps_full)
+            loss = loss_sup + weight * loss_cps
+
+            pseudo = [t if kind == "label" else t.argmax(1) for t in targets]
+            logs = {"loss/sup": loss_sup, "loss/cps": loss_cps}
+            logs["pseudo/agreement"] = (pseudo[0] == pseudo[1]).float().mean()
+            unlabeled = slice(-len(image_u), None)  # without CutMix labeled images stand before
+            if args.log_pseudo_accuracy:
+                logs["pseudo/accuracy"] = pixel_accuracy(pseudo[0][unlabeled], label_u)
+            maps = [each[unlabeled] for each in (*pseudo, logits[0])]
+            pictures = {
+                "labeled": ([image_l], [label_l, logits_l[0]]),
+                "unlabeled": ([unmixed, image_u], maps),
+            }
+
+            # === backward (copied) ===
+            scaler.scale(loss / args.accumulate).backward()
+            history.append({name: value.detach() for name, value in logs.items()})
+
+        # === step (copied) ===
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # === report (copied) ===
+        done, last = step + 1, step + 1 == args.steps
+        eval_now = last or done % args.eval_every == 0
+        save_now = last or done % args.save_every == 0
+        if not (eval_now or save_now or done % args.log_every == 0):
+            continue
+        row = average(history, done, args.accumulate, world_size)  # makes a GPU wait
+        images = args.batch_size * len(history) / args.accumulate  # labeled ones
+        row |= {"lr": lr, "time/images_per_s": images / (time.perf_counter() - clock)}
+        if eval_now:
+            with autocast:
+                row |= validate(saved[evaluated], data, protocol, device, args.num_workers)
+            miou = row["val/miou"]
+        run.log(done, row, pictures if eval_now else {})
+        is_best, best_miou = miou > best_miou, max(miou, best_miou)
+        scores = {"step": done, "miou": miou, "best_miou": best_miou, "evaluated": evaluated}
+        if is_best:
+            run.save("best.pt", scores | {evaluated: saved[evaluated].state_dict()})
+        if save_now:
+            run.save("last.pt", scores | {name: x.state_dict() for name, x in saved.items()})
+        history, clock = [], time.perf_counter()
+
+    # === finish (copied) ===
+    run.close(f"mIoU {100 * miou:.2f} (last), {100 * best_miou:.2f} (best), {protocol}")
+    return {"miou": miou, "best_miou": best_miou, "steps": args.steps, "run_dir": str(run.folder)}
 
 
 # === model (copied) ===
@@ -357,20 +397,23 @@ BACKBONES = {
 }
 
 
+def conv(inputs: int, outputs: int, size: int, dilation: int = 1) -> nn.Conv2d:
+    """A convolution that keeps height and width, without bias."""
+    return nn.Conv2d(inputs, outputs, size, 1, dilation * (size // 2), dilation, bias=False)
+
+
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling; the image-level branch is added, not concatenated."""
 
     def __init__(self, in_channels: int, hidden: int, out_channels: int, rates: tuple[int, ...]):
         super().__init__()
-        self.branches = nn.ModuleList([nn.Conv2d(in_channels, hidden, 1, bias=False)])
-        for rate in rates:
-            conv = nn.Conv2d(in_channels, hidden, 3, padding=rate, dilation=rate, bias=False)
-            self.branches.append(conv)
+        self.branches = nn.ModuleList([conv(in_channels, hidden, 1)])
+        self.branches += [conv(in_channels, hidden, 3, rate) for rate in rates]
         self.branches_bn = nn.BatchNorm2d(hidden * len(self.branches))
-        self.project = nn.Conv2d(hidden * len(self.branches), out_channels, 1, bias=False)
-        self.pool = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.project = conv(hidden * len(self.branches), out_channels, 1)
+        self.pool = conv(in_channels, hidden, 1)
         self.pool_bn = nn.BatchNorm2d(hidden)
-        self.pool_project = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.pool_project = conv(hidden, out_channels, 1)
         self.out_bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -384,21 +427,14 @@ class ASPP(nn.Module):
 class Head(nn.Module):
     """DeepLabV3+ decoder: stage 1 and stage 4 features -> (B, width, H/4, W/4)."""
 
-    def __init__(self, low_channels: int, high_channels: int, width: int, rates: tuple[int, ...]):
+    def __init__(self, low: int, high: int, width: int, rates: tuple[int, ...]):
         super().__init__()
-        self.aspp = ASPP(high_channels, width, width, rates)
-        reduced = 48 * width // 256
-        self.reduce = nn.Sequential(
-            nn.Conv2d(low_channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU()
-        )
+        self.aspp, reduced = ASPP(high, width, width, rates), 48 * width // 256
+        self.reduce = nn.Sequential(conv(low, reduced, 1), nn.BatchNorm2d(reduced), nn.ReLU())
         self.fuse = nn.Sequential(
-            nn.Conv2d(width + reduced, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        )
+            conv(width + reduced, width, 3), nn.BatchNorm2d(width), nn.ReLU(),
+            conv(width, width, 3), nn.BatchNorm2d(width), nn.ReLU(),
+        )  # fmt: skip
 
     def forward(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         high = F.interpolate(self.aspp(high), low.shape[2:], mode="bilinear", align_corners=True)
@@ -406,10 +442,9 @@ class Head(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """DeepLabV3+ as in the CPS release, on torchvision's ResNet.
+    """DeepLabV3+ as in the CPS release, on torchvision's ResNet, output stride 16 (resnet14: 8).
 
-    (B, 3, H, W) normalized images -> (B, C, H, W) logits. Output stride 16, stage 4 dilated 2/4/8;
-    resnet14 has output stride 8.
+    (B, 3, H, W) normalized images -> (B, C, H, W) logits
     """
 
     # DIFFERS (supervised.md 1): a 7x7 stem, not three 3x3, so that torchvision's weights load.
@@ -439,40 +474,46 @@ class DeepLabV3Plus(nn.Module):
         return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=True)
 
 
-def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
-    """Load torchvision's ImageNet weights, or a file of the same kind, strictly."""
-    if weights == "none":
-        return
-    path = Path(weights)
-    if weights == "imagenet":
-        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-        try:
-            fetch(url, path, path.stem.rsplit("-", 1)[1])  # the name ends in the SHA-256's start
-        except UserError as error:
-            raise UserError(
-                f"--weights imagenet: {error}. Without a network, put the file at {path}, "
-                "or use --weights none"
-            ) from None
+def make_network(args, num_classes: int, name: str) -> DeepLabV3Plus:
+    """A network that starts from (seed, name), its encoder from torchvision's weights or a file."""
+    torch.manual_seed(stream_seed(args.seed, f"weights/{name}"))
+    network = DeepLabV3Plus(num_classes, args.backbone)
+    if args.weights == "none" or (dist.is_initialized() and dist.get_rank() > 0):
+        return network  # DDP gives every process rank 0's
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-        backbone.load_state_dict(state)
+        if args.weights == "imagenet":
+            weights = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1
+            state = weights.get_state_dict(check_hash=True)
+        else:
+            state = torch.load(args.weights, map_location="cpu", weights_only=True)
+        state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+        network.backbone.load_state_dict(state)
     except Exception as error:  # torch raises many kinds for a bad file
-        raise UserError(f"--weights {weights}: {path} does not fit {name}: {error}") from None
+        mend = f"use none, a file, or put imagenet's into {torch.hub.get_dir()}/checkpoints"
+        raise UserError(f"--weights {args.weights}, {args.backbone}: {error}; {mend}") from None
+    return network
 
 
-# === data (copied) ===
-def make_batches(
-    args, data, ids, stream, start, rank, world_size, device, partner=None, labels="all"
-):
-    """Endless micro-batches of weak views on the device, from step `start` on.
+# === training (copied) ===
+def prepare(network: nn.Module, args, world_size: int, device: torch.device) -> nn.Module:
+    """Move a module to its device; returns what to call for training, itself or its DDP wrapper."""
+    if world_size > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        network.compile()
+    if world_size == 1:
+        return network
+    # Buffers stay local: a broadcast between two forwards would change what backward needs.
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    Yields (B, 3, H, W) normalized images and (B, H, W) int64 labels. `partner` as in
-    `MicroBatches`, `labels` as in `Samples`.
+
+def make_batches(args, data, ids, stream, place, partner=None, labels="all"):
+    """Endless micro-batches of weak views: (B, 3, H, W) normalized and (B, H, W) int64.
+
+    `place`: (first step, rank, world_size, device). See `MicroBatches` and `Samples` for the rest.
     """
-    if not ids:
-        raise UserError(f"--split {args.split}: there are no {stream} images")
+    start, rank, world_size, device = place
     sampler = StreamSampler(len(ids), args.batch_size, args.seed, rank, world_size, start, stream)
     loader = DataLoader(
         Samples(data, ids, WeakView(args.crop_size, data.scales), labels),
@@ -480,32 +521,33 @@ def make_batches(
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # of its own: a loader draws a seed from it
-        worker_init_fn=outlive_signals,
     )
-    return (
-        (normalize(image.to(device, non_blocking=True)), label.to(device, non_blocking=True).long())
-        for image, label in loader
-    )
+    on_device = ([part.to(device, non_blocking=True) for part in batch] for batch in loader)
+    return ((normalize(image), label.long()) for image, label in on_device)
 
 
-# === optimizer (copied) ===
-def make_optimizer(networks, args, device) -> torch.optim.Optimizer:
+def make_optimizer(networks, args, device: torch.device) -> torch.optim.Optimizer:
     """One optimizer for all networks: without clipping the same as one for each."""
     groups: dict[tuple[float, float], list] = {}
-    for network in networks:
-        for name, parameter in network.named_parameters():
-            lr_mult = 1.0 if name.startswith("backbone.") else args.head_lr_mult
-            weight_decay = args.weight_decay if parameter.ndim > 1 else 0.0  # not BN and biases
-            if parameter.requires_grad:
-                groups.setdefault((lr_mult, weight_decay), []).append(parameter)
-    groups = [
-        {"params": parameters, "lr_mult": lr_mult, "weight_decay": weight_decay}
-        for (lr_mult, weight_decay), parameters in groups.items()
-    ]
+    for name, parameter in (item for network in networks for item in network.named_parameters()):
+        lr_mult = 1.0 if name.startswith("backbone.") else args.head_lr_mult
+        weight_decay = args.weight_decay if parameter.ndim > 1 else 0.0  # not BN and biases
+        groups.setdefault((lr_mult, weight_decay), []).append(parameter)
+    groups = [{"params": p, "lr_mult": m, "weight_decay": w} for (m, w), p in groups.items()]
     fused = device.type in ("cpu", "cuda")
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, momentum=args.momentum, fused=fused)
     return torch.optim.AdamW(groups, args.lr, betas=(args.momentum, 0.999), fused=fused)
+
+
+def make_autocast(args, device: torch.device):
+    """(autocast context, gradient scaler); each does nothing where it is not wanted."""
+    amp = args.amp
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    return torch.autocast(device.type, dtype, enabled=amp in ("bf16", "fp16")), scaler
 
 
 def poly_lr(base_lr: float, step: int, total_steps: int, power: float = 0.9) -> float:
@@ -513,631 +555,159 @@ def poly_lr(base_lr: float, step: int, total_steps: int, power: float = 0.9) -> 
     return base_lr * (1 - step / total_steps) ** power
 
 
+def average(history: list[dict], done: int, accumulate: int, world_size: int) -> dict[str, float]:
+    """Means of what the micro-batches up to step `done` logged; all must be finite."""
+    values = torch.stack([torch.stack(list(logs.values())) for logs in history]).float()
+    if world_size > 1:
+        dist.all_reduce(values)
+    values, names = values.cpu() / world_size, list(history[0])
+    for micro, term in (~values.isfinite()).nonzero().tolist():
+        step = done - (len(history) - 1 - micro) // accumulate
+        raise FloatingPointError(f"{names[term]} is {values[micro, term]} at step {step}")
+    return dict(zip(names, values.mean(0).tolist(), strict=True))
+
+
 # === run (copied) ===
-# Flags that may change between the parts of one run: none changes its numbers but by rounding.
-NEUTRAL = frozenset(
-    "output_dir overwrite device compile deterministic num_workers log_every eval_every save_every "
-    "data_root download check_data log_pseudo_accuracy".split()
-)
-
-
 def resolve(args):
-    """Fill every None from the data set's row of PAPER, and check all values.
-
-    Raises:
-        UserError: names the flag and what it may be.
-    """
-    for name in [field.name for field in fields(args)]:
-        value = getattr(args, name)
-        if value is None:
-            value = PAPER[args.dataset].get(name)
-            value = value(args) if callable(value) else value
-        args = replace(args, **{name: str(value) if isinstance(value, Path) else value})
-    if args.eval_every is None:
-        args = replace(args, eval_every=max(1, args.steps // 10))
-    if args.num_workers is None:
-        on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
-        args = replace(args, num_workers=0 if on_cpu else 2)
-    for name, value in asdict(args).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if isinstance(value, int) and not isinstance(value, bool):
-            least = {"seed": 0, "split_seed": 0, "num_workers": 0, "crop_size": 32}.get(name, 1)
-            if value < least:
-                raise UserError(f"{flag}: must be a whole number, {least} or more")
-        elif isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{flag}: must be a finite number, 0 or more")
-    if args.lr == 0:
-        raise UserError("--lr 0: must be above 0")
-    if args.momentum >= 1:
-        raise UserError(f"--momentum {args.momentum}: must be below 1")
-    if not args.exp_name or "/" in args.exp_name or "__" in args.exp_name:
-        raise UserError(f"--exp-name {args.exp_name!r}: must be a name without / and __")
-    if args.weights == "imagenet" and args.backbone == "resnet14":
-        raise UserError("--weights imagenet: resnet14 has none; use --weights none")
-    if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
-        raise UserError(f"--weights {args.weights}: no such file; or use imagenet or none")
+    """Fill what is None from the data set's row of PAPER; hold every number to its kind's range."""
+    row = PAPER[args.dataset] | {"eval_every": lambda args: max(1, args.steps // 10)}
+    for field in fields(args):  # in order: an entry may look at those before it
+        name, value = field.name, getattr(args, field.name)
+        if value is None and name in row:
+            value = row[name](args) if callable(row[name]) else row[name]
+            args = replace(args, **{name: value})
+        kinds = (field.type, *get_args(field.type))  # of Count | None, Count has the range
+        ranges = [kind.__metadata__ for kind in kinds if hasattr(kind, "__metadata__")]
+        for least, most in ranges if value is not None else ():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(least <= number <= most and number < math.inf for number in numbers):
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise UserError(f"{flag}: must lie in [{least}, {most}]")
     return args
 
 
-def setup_distributed(args) -> tuple[int, int, torch.device]:
+def find_device(args) -> tuple[int, int, torch.device]:
     """(rank, world_size, device) from torchrun's variables; one process when there are none."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = args.device
-    if kind == "auto":
-        kind = "cuda" if has["cuda"] else "mps" if has["mps"] and world_size == 1 else "cpu"
-    if not has[kind]:
-        raise UserError(f"--device {kind}: this machine or this torch build has none; use cpu")
-    device = torch.device(kind)
+    local_rank, here = (int(os.environ.get(f"LOCAL_{n}", 0)) for n in ("RANK", "WORLD_SIZE"))
+    count = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": world_size}
+    kind = next(k for k in count if count[k]) if args.device == "auto" else args.device
+    if max(here, 1) > count[kind]:  # found by all processes of a machine, so that rank 0 says it
+        raise UserError(f"--device {kind}: {count[kind]} here; use fewer processes, or cpu")
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise UserError(f"--nproc_per_node: this machine has {count} GPUs; use at most {count}")
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when deterministic
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not args.deterministic
-    share = world_size * args.accumulate
-    if args.batch_size % share:
-        raise UserError(
-            f"--batch-size {args.batch_size} is not divisible by {world_size} processes x "
-            f"--accumulate {args.accumulate}; use a multiple of {share}"
-        )
     # SyncBN joins the processes' micro-batches on GPUs; elsewhere each has its own statistics.
-    per_forward = args.batch_size // (args.accumulate if kind == "cuda" else share)
-    if per_forward < 2:
-        raise UserError(
-            f"BatchNorm would see {per_forward} image per forward: --batch-size {args.batch_size} "
-            f"/ {share} (processes x --accumulate); use --batch-size {2 * share} or more"
-        )
-    if world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        patience = timedelta(hours=2)  # rank 0 may download
-        store, *_ = next(dist.rendezvous("env://", timeout=patience))
-        # torchrun keeps its store over restarts: no addresses of processes that are gone.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=patience
-        )
+    share, rest = divmod(args.batch_size, world_size * args.accumulate)
+    if rest or share * (world_size if kind == "cuda" else 1) < 2:
+        each = f"{world_size} processes x --accumulate {args.accumulate}"
+        mend = f"use a multiple of {each}, and 2 images or more for a BatchNorm"
+        raise UserError(f"--batch-size {args.batch_size}: {mend}")
     return rank, world_size, device
 
 
-def rank_0_first(function, rank: int, world_size: int, share: bool = False):
-    """Call on rank 0 (which may download), then on the others, or `share` the result with them.
-
-    A UserError or SystemExit of rank 0 ends every process; rank 0 alone says why.
-    """
-    result, code, error = None, 0, None
-    if rank == 0:
-        try:
-            result = function()
-        except (UserError, SystemExit) as caught:
-            error, code = caught, 2 if isinstance(caught, UserError) else caught.code
-    if world_size > 1:
-        told = [error is not None, code, result if share else None]
-        dist.broadcast_object_list(told)
-        if rank != 0 and told[0]:
-            raise SystemExit(told[1])
-        if rank != 0:
-            return told[2] if share else function()
-    if error is not None:
-        raise error
-    return result
-
-
-def amp_type(args, device) -> str:
-    """What `--amp` comes to on this device: bf16, fp16 or off."""
-    if args.amp != "auto":
-        return args.amp
-    if device.type != "cuda":
-        return "off"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def make_autocast(args, device):
-    """(autocast context, gradient scaler that does nothing unless fp16)."""
-    amp = amp_type(args, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    if amp == "off":
-        return nullcontext(), scaler
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]), scaler
-
-
-def make_network(args, num_classes, name, rank, world_size, device):
-    """A network and what to call for training: itself, or its DDP wrapper."""
-    torch.manual_seed(stream_seed(args.seed, f"weights/{name}"))  # the same on every process
-    network = DeepLabV3Plus(num_classes, args.backbone)
-    rank_0_first(
-        lambda: load_backbone(network.backbone, args.backbone, args.weights), rank, world_size
-    )
-    return prepare(network, args, world_size, device)
-
-
-def prepare(network, args, world_size, device):
-    """(module on its device, what to call for training), with SyncBN, compilation and DDP."""
-    if world_size > 1 and device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network.to(device, memory_format=torch.channels_last)
-    if args.compile:
-        network.compile()
-    if world_size == 1:
-        return network, network
-    # Buffers stay local: a broadcast between two forwards would change what backward needs.
-    return network, DistributedDataParallel(
-        network, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
-
-
-def sync_buffers(modules, world_size: int) -> None:
-    """Give every process rank 0's buffers (BatchNorm statistics), before evaluating or saving."""
-    for module in modules if world_size > 1 else ():
-        for buffer in module.buffers() if isinstance(module, nn.Module) else ():
-            dist.broadcast(buffer, src=0)
-
-
-def average(history: list[dict], world_size: int) -> dict[str, float]:
-    """Means of the logged tensors over the steps and processes."""
-    names = list(history[0])
-    values = torch.stack([torch.stack([row[name] for name in names]) for row in history]).float()
-    if world_size > 1:
-        dist.all_reduce(values)
-        values /= world_size
-    return dict(zip(names, values.mean(0).tolist(), strict=True))
-
-
-def first_bad(history: list[dict], done: int) -> str:
-    """Says which loss was not finite first, among the steps that end with `done`; "" if none."""
-    for step, terms in enumerate(history, done - len(history) + 1):
-        for name, value in terms.items():
-            if name.startswith("loss/") and not math.isfinite(value):
-                return f"{name} is {float(value)} at step {step}"
-    return ""
-
-
-def agree(flags: list[int], world_size: int) -> list[int]:
-    """The greatest of each flag over the processes, by way of the CPU: no GPU waits for it."""
-    if world_size == 1:
-        return flags
-    tensor = torch.tensor(flags)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor.tolist()
+# Flags that may change between the parts of one run: none changes its numbers but by rounding.
+NEUTRAL = (
+    "output_dir device compile deterministic num_workers data_root download check_data log_every "
+    "eval_every save_every log_pseudo_accuracy"
+).split()
 
 
 class Run:
-    """The run directory: lock, log, TensorBoard, checkpoints. Other ranks than 0 write nothing.
+    """The run directory: arguments, checkpoints, log, TensorBoard. Rank 0 alone writes."""
 
-    Raises:
-        UserError: the directory cannot be written, is in use, or holds a run with other arguments.
-    """
+    def __init__(self, args, data, split, rank: int):
+        names = [args.dataset, split.slug, args.exp_name, args.backbone, f"s{args.seed}"]
+        self.folder, self.rank = Path(args.output_dir) / "__".join(names), rank
+        self.last = self.folder / "last.pt"
+        self.args = asdict(args) | {"script": Path(__file__).stem, "split_identity": split.identity}
+        self.meta = {"args": self.args, "classes": data.classes, "palette": data.palette}
+        if self.last.exists():
+            before = json.loads((self.folder / "args.json").read_text())
+            now = json.loads(json.dumps(self.args))  # tuples as lists
+            changed = [k for k in now if k not in NEUTRAL and before.get(k) != now[k]]
+            if changed:
+                pairs = ", ".join(f"{k} {before.get(k)} -> {now[k]}" for k in changed)
+                mend = "use another --exp-name to keep it, or delete it"
+                raise UserError(f"{self.folder} holds a run with other arguments, {pairs}; {mend}")
 
-    def __init__(self, args, data, split, protocol, device, rank: int):
-        parts = [args.dataset, split.slug, args.exp_name, args.backbone, f"s{args.seed}"]
-        self.folder = Path(args.output_dir) / "__".join(parts)
-        self.args, self.data, self.protocol, self.rank = args, data, protocol, rank
-        self.device, self.signal, self.handlers, self.open_files = device, 0, {}, []
-        self.overwrite = args.overwrite
-        script = Path(__file__).stem
-        self.saved_args = asdict(args) | {"script": script, "split_identity": split.identity}
-        self.meta = {
-            "args": {k: v for k, v in self.saved_args.items() if k not in NEUTRAL},
-            "classes": list(data.classes),
-            "palette": [list(color) for color in data.palette],
-            "mean": list(MEAN),
-            "std": list(STD),
-            "sliding": data.sliding,
-            "data_root": args.data_root,
-        }
-        if rank == 0:
-            self._claim()
-            print(f"{self.folder}\n{split.identity}\n{json.dumps(asdict(args))}", flush=True)
-
-    def _on_signal(self, number, frame) -> None:
-        self.signal = self.signal or number  # torchrun passes on what a terminal sent already
-
-    def _claim(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = lock = (self.folder / "lock").open("a+")
-        except OSError as error:
-            raise UserError(f"--output-dir {self.args.output_dir}: {error}") from None
-        try:
-            import fcntl  # POSIX only
-
-            # Not inherited by loader processes; the system releases it when this process dies.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(
-                f"{self.folder} is in use by another run; wait for it or use another --exp-name"
-            ) from None
-        except (ImportError, OSError):
-            print(f"{self.folder}: this system has no file locks; start no second run here")
-        self.open_files.append(lock)
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-            lock.truncate(0)
-        else:  # torchrun's next attempt resumes, if one before it has emptied the directory
-            lock.seek(0)
-            self.overwrite = self.overwrite and not lock.read()
-
-    def load(self) -> dict | None:
-        """The last complete checkpoint; None if there is none, so that the run starts anew."""
-        if self.overwrite:
-            return None
-        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        for path in (last, previous):
-            try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-                break
-            except FileNotFoundError:
-                continue
-            except Exception as error:  # torch raises many kinds for a damaged file
-                print(f"{path} is damaged ({type(error).__name__}), trying the one before")
-        else:
-            if not last.exists() and not previous.exists():
-                return None
-            raise UserError(f"{self.folder}: no readable checkpoint; --overwrite starts anew")
-        if path == previous:
-            last.unlink(missing_ok=True)  # or the next save would move it over the good one
-        before, now = checkpoint["meta"]["args"], self.meta["args"]
-        differing = [
-            f"--{key.replace('_', '-')} {before.get(key)} -> {now.get(key)}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-        if differing:
-            raise UserError(
-                f"{self.folder} holds a run with other arguments: {'; '.join(differing)}. "
-                "Use another --exp-name to keep both, or --overwrite to replace it"
-            )
-        return checkpoint
-
-    def open(self, start: int) -> None:
-        """Begin or continue the files; rows of the log beyond step `start` are cut."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.handlers[number] = signal.signal(number, self._on_signal)
-        silent = self.rank != 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=self.args.steps, initial=start, disable=silent, unit="step")
-        self.open_files.append(self.bar)
-        if self.rank != 0:
-            return
-        if self.overwrite:  # only now that all checks are passed
-            for path in self.folder.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self.lock.write("emptied")
-            self.lock.flush()
-        rows = []
-        if start and (self.folder / "log.jsonl").exists():
-            for line in (self.folder / "log.jsonl").read_text().splitlines():
+    def open(self) -> dict:
+        """Begin the files or continue them; returns the last checkpoint, on every process."""
+        last = [{"step": 0, "miou": -1.0, "best_miou": -1.0, "log_bytes": 0}]
+        if self.rank == 0:
+            if self.last.exists():
                 try:
-                    rows.append(json.loads(line))
-                except ValueError:  # the process died while it wrote this line
-                    break
-        else:
-            for path in self.folder.glob("events.*"):
-                path.unlink()
-        rows = [row for row in rows if row["step"] <= start]
-        part = self.folder / "log.part"
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(part, self.folder / "log.jsonl")
-        (self.folder / "args.json").write_text(json.dumps(self.saved_args, indent=1))
-        (self.folder / "env.json").write_text(
-            json.dumps(environment(self.args, self.device), indent=1)
-        )
-        source, copy = Path(__file__), self.folder / Path(__file__).name
-        if start and copy.exists() and copy.read_bytes() != source.read_bytes():
-            print(f"{source.name} was edited since this run began; the run keeps its first copy")
-        else:
-            shutil.copy(source, copy)
+                    last = [torch.load(self.last, map_location="cpu", weights_only=True)]
+                except Exception as error:  # torch raises many kinds for a damaged file
+                    raise UserError(f"{self.last}: {error}; delete it to start anew") from None
+            self.begin(**last[0])
+        if dist.is_initialized():
+            dist.broadcast_object_list(last)
+        return last[0]
+
+    def begin(self, step: int, log_bytes: int, **_) -> None:
+        """Open the files; rows of the log from after the checkpoint are cut."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.rows = (self.folder / "log.jsonl").open("a")
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
+        claim(self.rows)  # keeps a second run out
+        self.rows.truncate(log_bytes)
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        if step == 0:
+            shutil.copy(__file__, self.folder)
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
+        env = {"command": sys.argv, "torch": torch.__version__, "gpu": gpu, "commit": commit}
+        (self.folder / "env.json").write_text(json.dumps(env, indent=1))
+        (self.folder / "args.json").write_text(json.dumps(self.args, indent=1))
+        how = f"from step {step}; stop it at any time, the same command continues"
+        print(self.folder, json.dumps(self.args), how, sep="\n", flush=True)
 
-        self.writer = SummaryWriter(str(self.folder), purge_step=start + 1)
-        self.open_files += [self.rows, self.writer]
+    def log(self, step: int, row: dict[str, float], pictures: dict[str, tuple[list, list]]) -> None:
+        """One JSON object, the same keys in TensorBoard, and a line; pictures: (images, maps)."""
+        if self.rank == 0:
+            self.rows.write(json.dumps({"step": step} | row) + "\n")
+            self.rows.flush()
+            for key, value in row.items():
+                self.writer.add_scalar(key, value, step)
+            for name, (images, maps) in pictures.items():
+                self.writer.add_image(name, side_by_side(images, maps, self.meta["palette"]), step)
+            shown = [f"{k} {v:.4g}" for k, v in row.items() if not k.startswith("val/iou/")]
+            tqdm.write("  ".join([f"step {step}", *shown]), file=sys.stderr)
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """One JSON object, the same keys in TensorBoard, and a line or the progress bar."""
-        if self.rank != 0:
-            return
-        known = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self.rows.write(json.dumps({"step": step} | known) + "\n")  # JSON has no NaN
-        self.rows.flush()
-        for key, value in row.items():
-            self.writer.add_scalar(key, value, step)
-        shown = {k: v for k, v in row.items() if not k.startswith("val/iou/")}
-        text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        if self.bar.disable:
-            print(f"step {step}/{self.args.steps}  {text}", flush=True)
-        else:
-            self.bar.set_postfix_str(text)
-
-    def pictures(self, step: int, rows: dict[str, tuple[list, list]]) -> None:
-        """TensorBoard pictures: (images, maps) of each row side by side, in the data's colors."""
-        for name, (images, maps) in rows.items() if self.rank == 0 else ():
-            self.writer.add_image(name, side_by_side(images, maps, self.data.palette), step)
-
-    def save(self, name: str, checkpoint: dict) -> None:
-        """Write atomically; the previous last.pt survives until the new one is complete."""
-        if self.rank != 0:
-            return
-        path = self.folder / name
-        part = path.with_suffix(".part")
-        try:
+    def save(self, name: str, state: dict) -> None:
+        """Write atomically: whenever process or machine die, the file is whole, old or new."""
+        if self.rank == 0:
+            part = self.folder / f"{name}.part"
             with part.open("wb") as file:
-                torch.save({"meta": self.meta} | checkpoint, file)
+                torch.save({"meta": self.meta, "log_bytes": self.rows.tell()} | state, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch puts its own error over a full disk's
-            part.unlink(missing_ok=True)
-            raise UserError(
-                f"{path} cannot be written ({error.__context__ or error}); what was saved before "
-                "is whole: make room, and the same command continues"
-            ) from None
-        if name == "last.pt" and path.exists():
-            os.replace(path, self.folder / "previous.pt")
-        os.replace(part, path)
+            os.replace(part, self.folder / name)
 
-    def finish(self, miou: float, best_miou: float, how: str) -> dict:
-        """Close everything; one line with the result and the command that predicts with it."""
+    def close(self, result: str) -> None:
         if self.rank == 0:
-            print(
-                f"{self.folder} {how}: mIoU {100 * miou:.2f} (last), {100 * best_miou:.2f} (best); "
-                f"{self.args.backbone}, {self.protocol}; "
-                f"python predict.py {self.folder}/last.pt IMAGE --out predictions"
-            )
-        self.close()
-        result = {"miou": miou, "best_miou": best_miou, "steps": self.args.steps}
-        return result | {"run_dir": str(self.folder)}
-
-    def close(self) -> None:
-        for file in self.open_files:
-            file.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            self.rows.close()
+            self.writer.close()
+            predict = f"python predict.py {self.folder}/last.pt IMAGE --out predictions"
+            print(f"{self.folder}: {result}; {predict}")
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def environment(args, device: torch.device) -> dict:
-    """What ran where: versions, device, precision, commit."""
-    folder, commit = str(Path(__file__).resolve().parent), None
-    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-    with suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-    return {
-        "command": sys.argv,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "amp": amp_type(args, device),
-        "processes": dist.get_world_size() if dist.is_initialized() else 1,
-        "threads": torch.get_num_threads(),
-        "commit": commit,
-        "dirty": None if commit is None else commit.endswith("-dirty"),
-    }
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def command_line() -> None:
     """`main` with the command line's flags; a mistake in the input is one line, exit code 2."""
-    import tyro
-
     try:
         main(tyro.cli(Args))
-    except (UserError, FloatingPointError, RuntimeError, OSError) as error:
-        # An error of a loader process arrives wrapped in its traceback.
-        text = str(error).rsplit("UserError: ", 1)[-1].strip()
-        if isinstance(error, OSError) and error.errno in FULL:
-            text += "; make room, and the same command continues"
-        elif type(error) is RuntimeError and "DataLoader worker" in text:
-            text += " The same command continues."
-        elif not isinstance(error, UserError | FloatingPointError):
-            raise
+    except (UserError, OSError, FloatingPointError) as error:
         # Before the processes meet, all find the same mistake; afterwards it is this one's own.
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
-            print(f"error: {text}", file=sys.stderr, flush=True)
-        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
-
-
-def main(args: Args) -> dict:
-    """Train and evaluate; returns miou, best_miou, steps and run_dir."""
-    # === setup (copied) ===
-    args = resolve(args)
-    rank, world_size, device = setup_distributed(args)
-    data, split = rank_0_first(
-        lambda: open_data(
-            args.dataset, args.data_root, args.split, args.split_seed, args.unlabeled,
-            args.download, args.check_data,
-        ),
-        rank, world_size,
-    )  # fmt: skip
-    autocast, scaler = make_autocast(args, device)
-    protocol = Protocol(pad_to=args.crop_size, window=args.crop_size if data.sliding else None)
-    run = rank_0_first(lambda: Run(args, data, split, protocol, device, rank), rank, world_size)
-    checkpoint = rank_0_first(run.load, rank, world_size, share=True)
-    start = checkpoint["step"] if checkpoint else 0
-    if start == args.steps:
-        return run.finish(checkpoint["miou"], checkpoint["best_miou"], "was finished before")
-    place = (start, rank, world_size, device)
-
-    # === networks ===
-    batches_l = make_batches(args, data, split.labeled, "labeled", *place)
-    partner = {"other": "next", "same": "same"}[args.cutmix_partner] if args.cutmix else None
-    labels = "known" if args.log_pseudo_accuracy else "none"
-    batches_u = make_batches(args, data, split.unlabeled, "unlabeled", *place, partner, labels)
-    images_per_step = 2 * args.batch_size
-    network_1, ddp_1 = make_network(args, len(data.classes), "1", rank, world_size, device)
-    network_2, ddp_2 = make_network(args, len(data.classes), "2", rank, world_size, device)
-    ddps = [ddp_1, ddp_2]
-    optimizer = make_optimizer([network_1, network_2], args, device)
-    saved = {"network_1": network_1, "network_2": network_2}
-    evaluated = "network_1"  # as in the CPS repository; the second network is not reported
-
-    # === resume (copied) ===
-    saved |= {"optimizer": optimizer, "scaler": scaler}
-    miou, best_miou = -1.0, -1.0
-    if checkpoint:
-        for name, thing in saved.items():
-            if checkpoint[name]:  # the scaler's state is empty unless fp16
-                thing.load_state_dict(checkpoint[name])
-        miou, best_miou = checkpoint["miou"], checkpoint["best_miou"]
-        del checkpoint
-    run.open(start)
-    history, clock = [], time.perf_counter()
-
-    for step in range(start, args.steps):
-        # === batch (copied) ===
-        # Reseeded at every step, so that a resumed run draws what the first one would have drawn.
-        torch.manual_seed(stream_seed(args.seed, f"step/rank {rank}", step))
-        lr = poly_lr(args.lr, step, args.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_mult"]
-        terms = {}
-        for micro in range(args.accumulate):
-            for wrapper in ddps:  # gradients are averaged once, in the last micro-batch
-                wrapper.require_backward_grad_sync = micro == args.accumulate - 1
-            image_l, label_l = next(batches_l)
-
-            # === loss ===
-            image_u, label_u = next(batches_u)
-            if args.cutmix:
-                # U0, U1: each image and the next one of the global batch, or two crops of each.
-                # DIFFERS (cps.md 3): the paper's two images are the default, not the release's one.
-                n = len(image_l)
-                shift = {"next": 1, "same": n}[partner]
-                u0, u1 = slice(n), (torch.arange(n, device=device) + shift) % len(image_u)
-                size, generator = args.crop_size, step_generator(args.seed, "boxes", step)
-                boxes = draw_boxes(
-                    args.batch_size, size, size, generator, args.n_boxes, args.box_area
-                )
-                first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
-                boxes = boxes[first : first + n].to(device, non_blocking=True)
-                mix_mask = fill_boxes(boxes, size, size)
-                # Labels are made on the unmixed images, in train mode, and then mixed. A context of
-                # its own: autocast would hand its weights without gradient to the next forward.
-                with torch.no_grad(), autocast:
-                    target_1, target_2 = (
-                        paste(
-                            cps_target(ddp(image_u[u0]), args.cps_target),
-                            cps_target(ddp(image_u[u1]), args.cps_target),
-                            mix_mask,
-                        )
-                        for ddp in ddps
-                    )
-                unmixed, image_u = image_u[u0], paste(image_u[u0], image_u[u1], mix_mask)
-                label_u = paste(label_u[u0], label_u[u1], mix_mask)
-                with autocast:
-                    logits_1, logits_2 = ddp_1(image_u), ddp_2(image_u)
-                    logits_l_1, logits_l_2 = ddp_1(image_l), ddp_2(image_l)
-            else:
-                with autocast:
-                    logits_l_1, logits_u_1 = ddp_1(image_l), ddp_1(image_u)
-                    logits_l_2, logits_u_2 = ddp_2(image_l), ddp_2(image_u)
-                unmixed, logits_1 = image_u, torch.cat([logits_l_1, logits_u_1])
-                logits_2 = torch.cat([logits_l_2, logits_u_2])
-                target_1 = cps_target(logits_1, args.cps_target)
-                target_2 = cps_target(logits_2, args.cps_target)
-            loss_sup = supervised_loss(logits_l_1, label_l, args.supervised_loss)
-            loss_sup = loss_sup + supervised_loss(logits_l_2, label_l, args.supervised_loss)
-            consistency = cps_loss if args.cps_target == "label" else cpc_loss
-            loss_cps = consistency(logits_1, logits_2, target_1, target_2)
-            weight = args.lambda_cps * linear_ramp(step, args.steps, args.cps_start, args.cps_full)
-            loss = loss_sup + weight * loss_cps
-
-            pseudo_1, pseudo_2 = (t if t.ndim == 3 else t.argmax(1) for t in (target_1, target_2))
-            logs = {"loss/sup": loss_sup, "loss/cps": loss_cps}
-            logs["pseudo/agreement"] = (pseudo_1 == pseudo_2).float().mean()
-            unlabeled = slice(-len(image_u), None)  # without CutMix labeled images stand before
-            if args.log_pseudo_accuracy:
-                known = label_u < UNKNOWN
-                right = (pseudo_1[unlabeled] == label_u) & known
-                logs["pseudo/accuracy"] = right.sum() / known.sum().clamp(min=1)
-            maps = [pseudo_1[unlabeled], pseudo_2[unlabeled], logits_1[unlabeled]]
-            pictures = {
-                "labeled": ([image_l], [label_l, logits_l_1]),
-                "unlabeled": ([unmixed, image_u], maps),
-            }
-
-            # === backward (copied) ===
-            scaler.scale(loss / args.accumulate).backward()
-            for name, value in logs.items():
-                terms[name] = terms.get(name, 0) + value.detach() / args.accumulate
-
-        # === step (copied) ===
-        done = step + 1
-        history.append(terms)
-        log_now = done % args.log_every == 0 or done == args.steps
-        eval_now = done % args.eval_every == 0 or done == args.steps
-        save_now = done % args.save_every == 0 or done == args.steps
-        bad = ""
-        if device.type == "cpu" or log_now or eval_now or save_now or run.signal:
-            bad = first_bad(history if log_now else [terms], done)  # makes a GPU wait
-        stop, failed = agree([run.signal, int(bad != "")], world_size)
-        if failed:
-            every_bad = [bad]
-            if world_size > 1:
-                every_bad = [None] * world_size
-                dist.all_gather_object(every_bad, bad)
-            run.save("failed.pt", {k: v.state_dict() for k, v in saved.items()} | {"step": step})
-            run.close()
-            if rank != 0:
-                raise SystemExit(1)
-            raise FloatingPointError(
-                f"{max(every_bad)}: stopped before the update of step {done}. The state at this "
-                f"point is in {run.folder}/failed.pt; last.pt was left as it is"
-            )
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        # === report (copied) ===
-        run.bar.update()
-        save_now = save_now or bool(stop)
-        row = {}
-        if log_now:
-            per_s = images_per_step * len(history) / (time.perf_counter() - clock)
-            row = average(history, world_size) | {"lr": lr, "time/images_per_s": per_s}
-            history, clock = [], time.perf_counter()
-        paused = time.perf_counter()
-        if eval_now or save_now:
-            sync_buffers(saved.values(), world_size)
-        if eval_now:
-            reported = saved[evaluated]
-            mode = reported.training
-            with autocast:  # .forward passes the compiled call by: whole images vary in size
-                confusion = validate(
-                    reported.eval().forward, Validation(data, data.val_ids), len(data.classes),
-                    protocol, device, rank, world_size, args.num_workers,
-                )  # fmt: skip
-            reported.train(mode)
-            miou, iou = mean_iou(confusion), iou_per_class(confusion).tolist()
-            row |= {"val/miou": miou}
-            row |= {f"val/iou/{c}": v for c, v in zip(data.classes, iou, strict=True)}
-            run.pictures(done, pictures)
-            if miou > best_miou:
-                best_miou = miou
-                best = {"network": reported.state_dict(), "evaluated": "network"}
-                run.save("best.pt", best | {"step": done, "miou": miou})
-        if row:
-            run.log(done, row)
-        if save_now:
-            scores = {"step": done, "miou": miou, "best_miou": best_miou, "evaluated": evaluated}
-            run.save("last.pt", {k: v.state_dict() for k, v in saved.items()} | scores)
-        if stop:
-            run.close()
-            if rank == 0:
-                print(f"signal {stop}: saved step {done}; the same command continues", flush=True)
-            raise SystemExit(128 + stop)
-        clock += time.perf_counter() - paused  # evaluating and saving is not training time
-
-    # === finish (copied) ===
-    return run.finish(miou, best_miou, "done")
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: last.pt is whole
     command_line()

@@ -17,8 +17,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import UserError
-from common.datasets import IMAGE_SUFFIXES, Validation, decode, open_dataset
-from common.evaluation import Protocol, colorize, iou_per_class, mean_iou, predict, validate
+from common.datasets import DATASETS, IMAGE_SUFFIXES, decode, open_dataset
+from common.evaluation import Protocol, colorize, predict, validate
 from common.transforms import normalize
 from supervised import DeepLabV3Plus
 
@@ -114,16 +114,15 @@ def predict_files(args, network, meta, protocol, device) -> None:
 
 def evaluate(args, network, meta, protocol, device) -> float:
     run = meta["args"]
-    data = open_dataset(run["dataset"], args.data_root or Path(meta["data_root"]))
-    if list(data.classes) != meta["classes"]:
+    data = open_dataset(run["dataset"], args.data_root or Path(run["data_root"]))
+    if list(data.classes) != list(meta["classes"]):
         raise UserError(f"{args.checkpoint}: trained on other classes than {run['dataset']} has")
     data.check_files(data.val_ids, data.val_ids)
-    confusion = validate(
-        network, Validation(data, data.val_ids), len(data.classes), protocol, device, num_workers=2
-    )
-    for name, iou in zip(data.classes, iou_per_class(confusion).tolist(), strict=True):
-        print(f"{name:16} {100 * iou:6.2f}")
-    miou = mean_iou(confusion)
+    scores = validate(network, data, protocol, device, num_workers=2)
+    for name, iou in scores.items():
+        if name.startswith("val/iou/"):
+            print(f"{name.removeprefix('val/iou/'):16} {100 * iou:6.2f}")
+    miou = scores["val/miou"]
     print(
         f"{'mIoU':16} {100 * miou:6.2f}   {run['dataset']} val, {len(data.val_ids)} images; "
         f"{args.checkpoint.name} ({meta['network']}), {run['backbone']}, {protocol}"
@@ -145,7 +144,8 @@ def main(args: Args) -> float | None:
     device = torch.device(kind)
     network, meta = load(args.checkpoint, device, args.network)
     crop = meta["args"]["crop_size"]
-    protocol = Protocol(pad_to=crop, window=crop if meta["sliding"] else None)
+    sliding = DATASETS[meta["args"]["dataset"]].sliding
+    protocol = Protocol(pad_to=crop, window=crop if sliding else None)
     protocol = replace(protocol, scales=args.scales, flip=args.flip)
     if args.images:
         predict_files(args, network, meta, protocol, device)
@@ -157,8 +157,7 @@ def command_line() -> None:
     try:
         main(tyro.cli(Args))
     except UserError as error:
-        text = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader process wraps its errors
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

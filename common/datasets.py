@@ -8,7 +8,6 @@ ignored, as tv_tensors. Adding a data set: write one subclass of `SegmentationDa
 import hashlib
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -209,12 +208,15 @@ class VOC(SegmentationData):
     )
 
     def __init__(self, root: Path, download: bool = False):
-        def get(url: str, checksum: str) -> None:
-            extract(fetch(url, root / "downloads" / url.rsplit("/", 1)[1], checksum), root)
+        def get(url: str, checksum: str, wanted: Path) -> None:
+            archive = fetch(url, root / "downloads" / url.rsplit("/", 1)[1], checksum)
+            with locked(archive.parent):
+                if not wanted.is_dir():  # another process unpacked it meanwhile
+                    extract(archive, root)
 
         candidates = (root / "VOCdevkit" / "VOC2012", root / "VOC2012", root)
         if download and not any((folder / "JPEGImages").is_dir() for folder in candidates):
-            get(*self.devkit)
+            get(*self.devkit, candidates[0] / "JPEGImages")
         found = [folder for folder in candidates if (folder / "JPEGImages").is_dir()]
         if not found:
             raise missing(
@@ -229,7 +231,7 @@ class VOC(SegmentationData):
         if not augmented.is_dir():
             source = root / "benchmark_RELEASE" / "dataset" / "cls"
             if download and not source.is_dir():
-                get(*self.sbd)
+                get(*self.sbd, source)
             self._convert_sbd(source, augmented)
         self.fine_ids = frozenset(fine)
         self.finely_labeled = self.fine_ids | frozenset(self.val_ids)
@@ -507,30 +509,25 @@ def open_dataset(name: str, root: Path, download: bool = False) -> SegmentationD
     return data
 
 
-def open_data(
-    name: str,
-    root: str,
-    split: str,
-    split_seed: int | None = None,
-    unlabeled: str = "rest",
-    download: bool = False,
-    check_data: bool = False,
-) -> tuple[SegmentationData, Split]:
+def open_data(args) -> tuple[SegmentationData, Split]:
     """A data set and its split, with every file in its place.
 
-    `check_data` decodes every image and label, says that they are in order, and ends the program.
+    Args:
+        args: dataset, data_root, split, split_seed, unlabeled, download; and check_data, which
+            decodes every image and label, says that they are in order, and ends the program
     """
-    data = open_dataset(name, root, download)
+    data = open_dataset(args.dataset, args.data_root, args.download)
     drawn = make_split(
-        split, name, data.train_ids, Path(root), split_seed, unlabeled, data.fine_ids,
-        data.extra_ids, data.val_ids,
+        args.split, args.dataset, data.train_ids, Path(args.data_root), args.split_seed,
+        args.unlabeled, data.fine_ids, data.extra_ids, data.val_ids,
     )  # fmt: skip
     labeled = [*drawn.labeled, *data.val_ids]
     others = sorted(set(drawn.unlabeled) - set(labeled))
     data.check_files([*labeled, *others], labeled)
-    if check_data:
+    if args.check_data:
         data.check_samples(labeled, others)
-        print(f"{name}, {drawn.identity}: all {len(labeled) + len(others)} images are in order")
+        count = len(labeled) + len(others)
+        print(f"{args.dataset}, {drawn.identity}: all {count} images are in order")
         raise SystemExit(0)
     return data, drawn
 
@@ -592,7 +589,7 @@ class StreamSampler(Sampler):
         stream: str = "",
     ):
         if num_images < 1:
-            raise ValueError(f"stream {stream!r} has no images")
+            raise UserError(f"there are no {stream} images; use another --split")
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} is not divisible by {world_size} processes")
         if not 0 <= rank < world_size:
@@ -620,9 +617,9 @@ class MicroBatches(Sampler):
     """Batch sampler: this process's share of each step in `accumulate` equal micro-batches.
 
     `partner` adds what a mixing method needs besides the share:
-        "next": one more pair, the image after the last one in the global batch, unless the share
-            is the global batch; image i is mixed with image ``(i + 1) % len(batch)``
+        "next": one more pair, the image after the last one in the global batch (round its end)
         "same": the same images once more under other seeds (two crops of one photograph)
+    so that the first n of a micro-batch of n images are mixed with its last n.
     """
 
     def __init__(self, sampler: StreamSampler, accumulate: int = 1, partner: str | None = None):
@@ -637,7 +634,7 @@ class MicroBatches(Sampler):
         for batch in sampler.batches():
             for start in range(sampler.offset, sampler.offset + sampler.share, size):
                 pairs = batch[start : start + size]
-                if self.partner == "next" and size < len(batch):
+                if self.partner == "next":
                     pairs = [*pairs, batch[(start + size) % len(batch)]]
                 elif self.partner == "same":
                     pairs = pairs + [(index, seed ^ other) for index, seed in pairs]
@@ -670,18 +667,6 @@ class Samples(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(sample_seed)
             return tuple(t.as_subclass(torch.Tensor) for t in self.view(image, label))
-
-
-def outlive_signals(worker: int) -> None:
-    """Lets a loader process survive, for a while, signals meant for the training process.
-
-    Ctrl-C and schedulers signal every process of a run; the training process still needs batches
-    to finish its step, and then ends its loaders itself.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # POSIX
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
 class Validation(Dataset):

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from common.datasets import IGNORE, outlive_signals
+from common.datasets import IGNORE, UNKNOWN, SegmentationData, Validation
 from common.transforms import denormalize, normalize, pad_margins
 
 
@@ -36,6 +37,12 @@ def iou_per_class(confusion: torch.Tensor) -> torch.Tensor:
 def mean_iou(confusion: torch.Tensor) -> float:
     """Mean of `iou_per_class` over the classes that occur, in [0, 1]."""
     return float(iou_per_class(confusion).nanmean())
+
+
+def pixel_accuracy(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Share of right pixels among those whose class is known, a 0-d tensor; 0 if there are none."""
+    known = label < UNKNOWN
+    return ((prediction == label) & known).sum() / known.sum().clamp(min=1)
 
 
 def window_starts(length: int, crop_size: int, stride: int) -> list[int]:
@@ -130,7 +137,7 @@ def predict(
 
 
 @torch.no_grad()
-def validate(
+def confusion_of(
     model: Callable,
     dataset: Dataset,
     num_classes: int,
@@ -148,16 +155,41 @@ def validate(
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     shard = range(rank, len(dataset), world_size)
     generator = torch.Generator()  # of its own: a loader draws a base seed even without shuffling
-    loader = DataLoader(
-        dataset, sampler=shard, num_workers=num_workers, generator=generator,
-        worker_init_fn=outlive_signals,
-    )  # fmt: skip
+    loader = DataLoader(dataset, sampler=shard, num_workers=num_workers, generator=generator)
     for image, label in loader:
         scores = predict(model, normalize(image.to(device)), num_classes, protocol)
         confusion += confusion_matrix(label.to(device), scores.argmax(1), num_classes)
     if world_size > 1:
         dist.all_reduce(confusion)
     return confusion.cpu()
+
+
+def validate(
+    network: nn.Module,
+    data: SegmentationData,
+    protocol: Protocol,
+    device: torch.device,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """Scores on the data set's validation images, the same on every process, as they are logged:
+    `val/miou`, and `val/iou/<class>` of the classes that occur.
+
+    All processes predict with rank 0's buffers (BatchNorm statistics), which they keep.
+    """
+    place = (0, 1)
+    if dist.is_initialized():
+        place = (dist.get_rank(), dist.get_world_size())
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+    mode, images = network.training, Validation(data, data.val_ids)
+    model = network.eval().forward  # past a compiled call: whole images vary in size
+    confusion = confusion_of(
+        model, images, len(data.classes), protocol, device, *place, num_workers
+    )
+    network.train(mode)
+    iou = zip(data.classes, iou_per_class(confusion).tolist(), strict=True)
+    scores = {f"val/iou/{name}": value for name, value in iou if not math.isnan(value)}
+    return {"val/miou": mean_iou(confusion)} | scores
 
 
 def colorize(label: torch.Tensor, palette) -> torch.Tensor:

@@ -90,10 +90,10 @@ def record_steps(script, args, monkeypatch, student, teacher, streams):
                 raise RecordedError
             yield batch
 
-    monkeypatch.setattr(script, "make_network", lambda *_: (student, student))
+    monkeypatch.setattr(script, "make_network", lambda *_: student)
     monkeypatch.setattr(script, "make_teacher", lambda *_: teacher)
     monkeypatch.setattr(script, "make_batches", batches)
-    monkeypatch.setattr(script.Run, "log", lambda self, step, row: rows.append(row))
+    monkeypatch.setattr(script.Run, "log", lambda self, step, row, pictures: rows.append(row))
     with pytest.raises(RecordedError):
         script.main(args)
     return states, rows

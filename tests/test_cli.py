@@ -48,7 +48,7 @@ def test_a_run_from_the_command_line(name, monkeypatch, capsys, tmp_path):
     command = re.search(r"python predict.py (\S+) IMAGE", out)
     assert (tmp_path / command[1].removeprefix(f"{tmp_path}/")).is_file()
     code, out, err = call(SCRIPTS[name], monkeypatch, capsys, *flags)
-    assert code == 0 and "was finished before" in out
+    assert code == 0 and "from step 2" in out
 
 
 MISTAKES = {
@@ -56,34 +56,32 @@ MISTAKES = {
     "--split 0": "--split 0: shapes has 1024 training images; use 1 to 1024",
     "--split 5000": "--split 5000: shapes has 1024 training images",
     "--split cps:1/8": "no such published list for shapes",
-    "--split-seed -1": "--split-seed -1: must be a whole number, 0 or more",
-    "--batch-size 0": "--batch-size 0: must be a whole number, 1 or more",
-    "--batch-size -4": "--batch-size -4: must be a whole number, 1 or more",
-    "--batch-size 1": "BatchNorm would see 1 image per forward",
-    "--batch-size 6 --accumulate 4": "--batch-size 6 is not divisible by 1 processes x",
-    "--batch-size 4 --accumulate 4": "BatchNorm would see 1 image per forward",
-    "--accumulate 0": "--accumulate 0: must be a whole number, 1 or more",
-    "--crop-size 8": "--crop-size 8: must be a whole number, 32 or more",
-    "--steps 0": "--steps 0: must be a whole number, 1 or more",
-    "--lr nan": "--lr nan: must be a finite number, 0 or more",
-    "--lr 0": "--lr 0: must be above 0",
-    "--lr -1": "--lr -1.0: must be a finite number, 0 or more",
-    "--weight-decay inf": "--weight-decay inf: must be a finite number, 0 or more",
-    "--momentum 1": "--momentum 1.0: must be below 1",
-    "--num-workers -1": "--num-workers -1: must be a whole number, 0 or more",
-    "--log-every 0": "--log-every 0: must be a whole number, 1 or more",
-    "--eval-every 0": "--eval-every 0: must be a whole number, 1 or more",
-    "--seed -1": "--seed -1: must be a whole number, 0 or more",
-    "--exp-name a/b": "--exp-name 'a/b': must be a name without / and __",
-    "--weights imagenet": "--weights imagenet: resnet14 has none; use --weights none",
-    "--weights nowhere.pth": "--weights nowhere.pth: no such file; or use imagenet or none",
-    "--weights README.md": "README.md does not fit resnet14",
+    "--split-seed -1": "--split-seed -1: must lie in [0, inf]",
+    "--batch-size 0": "--batch-size 0: must lie in [1, inf]",
+    "--batch-size -4": "--batch-size -4: must lie in [1, inf]",
+    "--batch-size 1": "2 images or more for a BatchNorm",
+    "--batch-size 6 --accumulate 4": "use a multiple of 1 processes x --accumulate 4",
+    "--batch-size 4 --accumulate 4": "2 images or more for a BatchNorm",
+    "--accumulate 0": "--accumulate 0: must lie in [1, inf]",
+    "--crop-size 8": "--crop-size 8: must lie in [32, inf]",
+    "--steps 0": "--steps 0: must lie in [1, inf]",
+    "--lr nan": "--lr nan: must lie in [0, inf]",
+    "--lr -1": "--lr -1.0: must lie in [0, inf]",
+    "--weight-decay inf": "--weight-decay inf: must lie in [0, inf]",
+    "--momentum 1": "--momentum 1.0: must lie in [0, 0.999]",
+    "--num-workers -1": "--num-workers -1: must lie in [0, inf]",
+    "--log-every 0": "--log-every 0: must lie in [1, inf]",
+    "--eval-every 0": "--eval-every 0: must lie in [1, inf]",
+    "--seed -1": "--seed -1: must lie in [0, inf]",
+    "--weights imagenet": "--weights imagenet, resnet14: Unknown model resnet14; use none",
+    "--weights nowhere.pth": "--weights nowhere.pth, resnet14: [Errno 2] No such file",
+    "--weights README.md": "--weights README.md, resnet14: ",
     "--dataset voc": "--dataset shapes",
     "--dataset cityscapes": "cityscapes-dataset.com",
     "--dataset camvid": "Add --download",
     "--dataset folder --split full": "--data-root",
     "--dataset imagenet": "imagenet",
-    "--device cuda": "--device cuda: this machine or this torch build has none; use cpu",
+    "--device cuda": "--device cuda: 0 here; use fewer processes, or cpu",
     "--lr fast": "fast",
     "--no-such-flag": "no-such-flag",
 }  # fmt: skip
@@ -108,38 +106,30 @@ def test_no_unlabeled_images(name, monkeypatch, capsys, tmp_path):
     code, _, err = call(SCRIPTS[name], monkeypatch, capsys, *flags)
     assert code == (0 if name == "supervised" else 2), err
     assert ("there are no unlabeled images" in err) == (code == 2)
-    assert code == 0 or not list(tmp_path.glob("*/log.jsonl"))  # before anything is built
+    assert code == 0 or not list(tmp_path.glob("*/last.pt"))
 
 
 def test_output_directory_that_cannot_be_written(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     flags = [*QUICK, "--output-dir", tmp_path / "file"]
     code, _, err = call(supervised, monkeypatch, capsys, *flags)
-    assert code == 2 and "--output-dir" in err
+    assert code == 2 and str(tmp_path / "file") in err and err.count("\n") == 1
 
 
 def test_checkpoint_of_another_script(monkeypatch, capsys, tmp_path):
     flags = [*QUICK, "--output-dir", tmp_path, "--exp-name", "mine"]
     assert call(supervised, monkeypatch, capsys, *flags)[0] == 0
     code, _, err = call(cps, monkeypatch, capsys, *flags)
-    assert code == 2 and "--script supervised -> cps" in err
+    assert code == 2 and "script supervised -> cps" in err
 
 
 def test_imagenet_weights_without_a_network(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    from torchvision.models import ResNet50_Weights
-
-    weights = ResNet50_Weights.IMAGENET1K_V1
-    local = weights.url.replace("https://download.pytorch.org", "http://127.0.0.1:9")
-    monkeypatch.setattr(type(weights.value), "__slots__", (), raising=False)
-    monkeypatch.setattr(
-        supervised.torchvision.models, "get_model_weights",
-        lambda name: type("W", (), {"IMAGENET1K_V1": type("V", (), {"url": local})}),
-    )  # fmt: skip
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     line = [*QUICK, "--output-dir", tmp_path / "runs", "--backbone", "resnet50"]
     code, _, err = call(supervised, monkeypatch, capsys, *line, "--weights", "imagenet")
-    assert code == 2
-    assert "--weights imagenet" in err and "resnet50-0676ba61.pth" in err and "none" in err
+    assert code == 2 and "--weights imagenet, resnet50" in err and "none" in err
+    assert str(tmp_path / "hub" / "checkpoints") in err
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -188,7 +178,7 @@ def test_own_data_from_training_to_prediction(monkeypatch, capsys, tmp_path):
     assert code == 0 and "4 labeled + 4 unlabeled images" in out, err
     (checkpoint,) = tmp_path.glob("runs/*/last.pt")
     out_dir = tmp_path / "out"
-    flags = [*flags, "--log-pseudo-accuracy", "--overwrite"]  # where no mask is, none is asked
+    flags = [*flags, "--log-pseudo-accuracy", "--exp-name", "b"]  # where no mask is, none is asked
     assert call(cps, monkeypatch, capsys, *flags)[0] == 0
     flags = [checkpoint, folder / "images", "--out", out_dir, "--device", "cpu", "--evaluate"]
     code, out, err = call(predict, monkeypatch, capsys, *flags, entry="command_line")
@@ -227,7 +217,7 @@ def test_importing_a_script_has_no_side_effect(tmp_path):
         f"import signal, torch; state = torch.get_rng_state(); import {', '.join(SCRIPTS)}; "
         "assert torch.equal(state, torch.get_rng_state()); "
         "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL; "
-        "import sys; assert 'tyro' not in sys.modules and 'tensorboard' not in sys.modules"
+        "assert not torch.distributed.is_initialized()"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,

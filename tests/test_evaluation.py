@@ -14,13 +14,13 @@ from common.evaluation import (
     Protocol,
     colorize,
     confusion_matrix,
+    confusion_of,
     iou_per_class,
     mean_iou,
     padded_logits,
     predict,
     side_by_side,
     sliding_window_logits,
-    validate,
     window_starts,
 )
 from common.transforms import normalize
@@ -317,7 +317,7 @@ def scores(world_size: int, monkeypatch, count: int = 7, **flags) -> tuple[list,
     for rank in range(world_size):
         images = Images(count)
         place = ("cpu", rank, world_size)
-        out = validate(pointwise, images, 4, Protocol(pad_to=8), *place, **flags)
+        out = confusion_of(pointwise, images, 4, Protocol(pad_to=8), *place, **flags)
         assert out.dtype == torch.int64 and out.shape == (4, 4) and out.device.type == "cpu"
         if world_size == 1:
             counted.append(out)
@@ -357,7 +357,7 @@ def test_validate_leaves_no_trace(monkeypatch):
         grads.append(network(image).requires_grad)
         return network(image)
 
-    validate(model, Images(2), 4, Protocol(pad_to=8), "cpu")
+    confusion_of(model, Images(2), 4, Protocol(pad_to=8), "cpu")
     assert grads == [False, False]
 
 
@@ -369,7 +369,7 @@ def test_validate_uses_the_protocol():
         return pointwise(image)
 
     protocol = Protocol(pad_to=8, window=6, scales=(1.0, 2.0), flip=True)
-    validate(model, Images(1), 4, protocol, "cpu")  # 6x9, and 12x18
+    confusion_of(model, Images(1), 4, protocol, "cpu")  # 6x9, and 12x18
     assert window_starts(9, 6, 4) == [0, 3] and window_starts(12, 6, 4) == [0, 4, 6]
     assert window_starts(18, 6, 4) == [0, 4, 8, 12]
     assert seen == [(1, 3, 6, 6)] * (2 * (1 * 2 + 3 * 4))

@@ -23,8 +23,8 @@ def copies(tmp_path, monkeypatch):
     "    return base_lr * (1 - step / total_steps) ** power",  # a top-level section
     "            image_l, label_l = next(batches_l)",  # sections inside main, at each depth
     "        scaler.update()",
-    "    run.open(start)",
-    '    return run.finish(miou, best_miou, "done")',
+    "    checkpoint = run.open()",
+    "    run.close(f\"mIoU {100 * miou:.2f} (last), {100 * best_miou:.2f} (best), {protocol}\")",
 ])  # fmt: skip
 def test_a_changed_copy_is_found_and_repaired(line, copies):
     path = copies / "cps.py"

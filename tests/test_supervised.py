@@ -11,6 +11,7 @@ from torch import nn
 from torchvision import tv_tensors
 
 import supervised
+from common import datasets
 from supervised import (
     ASPP,
     PAPER,
@@ -121,15 +122,15 @@ def test_network_size():
 @pytest.mark.parametrize("name", ["resnet50", "resnet101"])
 def test_torchvision_weights_fit(name, tmp_path):
     state = torchvision.models.get_model(name).state_dict()
-    network = DeepLabV3Plus(3, name)
+    args = Args(backbone=name, weights=str(tmp_path / "weights.pth"))
     torch.save(state, tmp_path / "weights.pth")
-    supervised.load_backbone(network.backbone, name, str(tmp_path / "weights.pth"))
+    network = supervised.make_network(args, 3, "1")
     for key, value in network.backbone.state_dict().items():
         assert torch.equal(value, state[key]), key
     del state["layer1.0.conv1.weight"]
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(supervised.UserError, match="layer1.0.conv1.weight"):
-        supervised.load_backbone(network.backbone, name, str(tmp_path / "weights.pth"))
+        supervised.make_network(args, 3, "1")
 
 
 def test_whole_network_is_the_authors():
@@ -276,6 +277,6 @@ def test_paper_rows_fill_every_flag():
 
 
 def test_every_flag_is_read():
-    text = Path(supervised.__file__).read_text()
+    text = Path(supervised.__file__).read_text() + Path(datasets.__file__).read_text()
     for name in Args.__dataclass_fields__:
         assert f"args.{name}" in text or name in ("exp_name",), f"--{name} is parsed and ignored"
