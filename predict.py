@@ -1,11 +1,16 @@
-"""Masks, color pictures and overlays from any checkpoint, or its score on the validation set.
+"""Masks, color pictures and overlays from any checkpoint, its score, or a program to deploy.
 
     python predict.py runs/<run>/last.pt photo.jpg folder/ --out predictions
-    python predict.py runs/<run>/best.pt --evaluate --data-root data --scales 0.75 1 1.25 --flip
+    python predict.py runs/<run>/last.pt aerial.tif --window 512     # any size in little memory
+    python predict.py runs/<run>/best.pt --evaluate --scales 0.75 1 1.25 --flip
+    python predict.py runs/<run>/best.pt --export model.pt2          # torch.export, pixels to logits
 
 Backbone, classes, palette, normalization and protocol come from the checkpoint.
 """
 
+import math
+import os
+import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,102 +19,187 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import nn
 from tqdm import tqdm
 
-from common import UserError
-from common.datasets import DATASETS, IMAGE_SUFFIXES, decode, open_dataset
-from common.evaluation import Protocol, colorize, predict, validate
-from common.transforms import normalize
+from common import UserError, explain
+from common.datasets import DATASETS, open_dataset
+from common.evaluation import Protocol, predict, sliding_window_labels, validate
+from common.files import IMAGE_SUFFIXES, first, images_under, read_image, remarks
+from common.transforms import MEAN, STD, normalize
 from supervised import DeepLabV3Plus
+
+SOURCE = "predicted from"  # the key, in a written PNG, of the image that it belongs to
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     """Predict with a trained network."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """last.pt or best.pt of a run"""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """image files, or folders of them"""
-    out: Path = Path("predictions")
-    """folder for <name>.png (class ids), <name>_color.png and <name>_overlay.png"""
-    evaluate: bool = False
-    """score the checkpoint on its data set's validation images"""
-    network: str | None = None
-    """another network of last.pt, such as teacher; None: the one the run evaluates"""
-    data_root: Path | None = None
-    """folder of the data set; None: the one the run used"""
-    scales: tuple[float, ...] = (1.0,)
-    """average the probabilities over these scales"""
-    flip: bool = False
-    """average with the mirrored image"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda, else mps, else cpu"""
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # last.pt or best.pt of a run
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()  # files, or folders of them
+    out: Path = Path("predictions")  # folder of <name>.png (ids), <name>_color.png, _overlay.png
+    window: Annotated[int, 32, math.inf] | None = None  # slide one of this side, pixels; None: as
+    #   in training's evaluation, which takes whole images of most data sets
+    evaluate: bool = False  # score the checkpoint on its data set's validation images
+    export: Path | None = None  # write a torch.export program: uint8 (B, 3, H, W) RGB -> logits
+    network: str | None = None  # another network of last.pt, such as teacher
+    data_root: Path | None = None  # folder of the data set; None: the one the run used
+    scales: tuple[float, ...] = (1.0,)  # average the probabilities over these scales
+    flip: bool = False  # average with the mirrored image
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
 
 
 def load(path: Path, device: torch.device, name: str | None = None):
     """(network in eval mode, metadata) of a checkpoint; `name` picks one of several networks."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        meta = checkpoint["meta"]
+        meta, name = checkpoint["meta"], name or checkpoint["evaluated"]
         network = DeepLabV3Plus(len(meta["classes"]), meta["args"]["backbone"])
-        names = [
-            key for key, value in checkpoint.items()
-            if isinstance(value, dict) and value.keys() == network.state_dict().keys()
-        ]  # fmt: skip
-        name = name or checkpoint["evaluated"]
-        if name not in names:
-            raise UserError(f"--network {name}: {path} holds {', '.join(names)}")
-        network.load_state_dict(checkpoint[name])
-    except UserError:
-        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a file that is something else
         raise UserError(
             f"{path}: not a checkpoint of these scripts ({type(error).__name__}: {error})"
         ) from None
+    own, states = network.state_dict(), {k: v for k, v in checkpoint.items() if isinstance(v, dict)}
+    names = [key for key, state in states.items() if state.keys() == own.keys()]
+    if name in states and name not in names:
+        differing = sorted(own.keys() ^ states[name].keys())
+        raise UserError(
+            f"{path}: its {name} is another network than DeepLabV3Plus ({first(differing)}), as of "
+            "a fork; import the fork's network in predict.py in the place of supervised's"
+        )
+    if name not in names:
+        raise UserError(f"--network {name}: {path} holds {', '.join(names)}")
+    network.load_state_dict(checkpoint[name])
     network = network.eval().to(device, memory_format=torch.channels_last)
-    return network, meta | {"network": name}
+    statistics = (tuple(meta.get("mean", MEAN)), tuple(meta.get("std", STD)))
+    return network, meta | {"network": name, "statistics": statistics}
 
 
-def files_of(paths: tuple[Path, ...]) -> list[Path]:
-    """The image files among the paths and, in order, inside the folders among them."""
-    files = []
+def files_of(paths: tuple[Path, ...], out: Path) -> tuple[dict[Path, Path], list[Path]]:
+    """({image: its place below `out`, without ending}, other files found in the folders)."""
+    files: dict[Path, Path] = {}
+    others: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if out.exists() and out.samefile(path):
+                raise UserError(f"--out {out}: holds the images themselves; name another folder")
+            images, left_out = images_under(path, twins=True)
+            inside = {file: Path(name) for name, file in images.items()}
+            files |= {f: name for f, name in inside.items() if out not in f.parents}
+            others += left_out
             if not inside:
                 raise UserError(f"{path}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
-            files += inside
+        elif path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+            files[path] = Path(path.stem)
         elif path.is_file():
-            files.append(path)
+            mend = "name images or their folder; of a video, extract the frames first"
+            raise UserError(f"{path}: is no image ({', '.join(IMAGE_SUFFIXES)}); {mend}")
         else:
             raise UserError(f"{path}: no such image or folder")
-    names = [file.stem for file in files]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"several images are called {twice[0]}: predict them in separate calls")
-    return files
+    return files, others
+
+
+def results_of(place: Path) -> list[Path]:
+    return [place.with_name(f"{place.name}{kind}.png") for kind in ("", "_color", "_overlay")]
+
+
+def check_results(files: dict[Path, Path], out: Path) -> None:
+    """Refuse to write over an input, over another image's result, or over what is no result."""
+    inputs = {os.path.realpath(file) for file in files}
+    taken: dict[Path, Path] = {}
+    for file, name in files.items():
+        for path in results_of(out / name):
+            if taken.setdefault(path, file) is not file:
+                raise UserError(
+                    f"{file} and {taken[path]} would both become {path}; predict them into "
+                    "different folders (--out), or rename one"
+                )
+            if os.path.realpath(path) in inputs:
+                raise UserError(f"--out {out}: {path} is one of the images; name another folder")
+            if path.exists() and source_of(path) != os.path.realpath(file):
+                raise UserError(
+                    f"--out {out}: {path} is there already and not from {file}; name another folder"
+                )
+
+
+def source_of(path: Path) -> str | None:
+    """The image that a result was made from, as it says itself."""
+    try:
+        with Image.open(path) as file:
+            return file.info.get(SOURCE)
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def save(picture: Image.Image, path: Path, source: Path) -> None:
+    """Write a PNG atomically; it names its image."""
+    info = PngInfo()
+    info.add_itxt(SOURCE, os.path.realpath(source).encode("utf-8", "replace").decode())
+    part = path.with_name(f"{path.name}.part")
+    picture.save(part, format="PNG", pnginfo=info)
+    os.replace(part, path)
 
 
 @torch.no_grad()
-def predict_files(args, network, meta, protocol, device) -> None:
-    files = files_of(args.images)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: {error}") from None
-    for file in tqdm(files, disable=None):
-        image = torch.from_numpy(decode(file, "RGB")).permute(2, 0, 1)[None]
-        scores = predict(network, normalize(image.to(device)), len(meta["classes"]), protocol)
-        label = scores.argmax(1)[0].byte().cpu()  # (H, W)
-        color = colorize(label, meta["palette"])
-        overlay = (image[0].float() / 2 + color.float() / 2).byte()
-        Image.fromarray(label.numpy()).save(args.out / f"{file.stem}.png")
-        for kind, picture in (("color", color), ("overlay", overlay)):
-            picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-            picture.save(args.out / f"{file.stem}_{kind}.png")
-    print(f"{len(files)} images -> {args.out}: class ids, _color, _overlay")
+def predict_image(network, image: torch.Tensor, meta, protocol: Protocol, device) -> torch.Tensor:
+    """uint8 (3, H, W) RGB -> uint8 (H, W) class ids."""
+    classes, (mean, std) = len(meta["classes"]), meta["statistics"]
+
+    def normalized(pixels: torch.Tensor) -> torch.Tensor:
+        return normalize(pixels.to(device), mean, std)
+
+    if protocol.window and protocol.scales == (1.0,) and not protocol.flip:
+        size, stride = protocol.window, protocol.stride
+        return sliding_window_labels(network, image, classes, size, stride, normalized)
+    scores = predict(network, normalized(image[None]), classes, protocol)
+    return scores.argmax(1)[0].byte().cpu()
+
+
+def predict_files(args, network, meta, protocol, device) -> int:
+    """Predict every image that can be read; returns how many could not."""
+    files, others = files_of(args.images, args.out)
+    check_results(files, args.out)
+    colors = [value for color in meta["palette"] for value in color]
+    notes = [f"{len(others)} other files skipped: {first(others)}"] if others else []
+    skipped = []
+    for file, name in tqdm(files.items(), disable=None):
+        try:
+            pixels = read_image(file)
+            notes += [f"{file} {remark}" for remark in remarks(file)]
+            image = torch.from_numpy(pixels).permute(2, 0, 1)
+            label = Image.fromarray(predict_image(network, image, meta, protocol, device).numpy())
+        except Exception as error:
+            if not (text := explain(error)):
+                raise
+            memory = isinstance(error, RuntimeError | MemoryError)
+            mend = f"{file}: {label_size(file)} do not fit into memory; use --window 512"
+            skipped.append(mend if memory else text)
+            continue
+        color = label.copy()
+        color.putpalette(colors)
+        color = color.convert("RGB")
+        overlay = Image.blend(Image.fromarray(pixels), color, 0.5)
+        paths = results_of(args.out / name)
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        for path, picture in zip(paths, (label, color, overlay), strict=True):
+            save(picture, path, file)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if len(skipped) == len(files):
+        raise UserError("; ".join(skipped[:3]))
+    print(f"{len(files) - len(skipped)} images -> {args.out}: class ids, _color, _overlay")
+    for text in skipped:
+        print(f"skipped: {text}", file=sys.stderr)
+    return len(skipped)
+
+
+def label_size(file: Path) -> str:
+    with Image.open(file) as picture:
+        return f"{picture.width} x {picture.height} pixels"
 
 
 def evaluate(args, network, meta, protocol, device) -> float:
@@ -118,7 +208,7 @@ def evaluate(args, network, meta, protocol, device) -> float:
     if list(data.classes) != list(meta["classes"]):
         raise UserError(f"{args.checkpoint}: trained on other classes than {run['dataset']} has")
     data.check_files(data.val_ids, data.val_ids)
-    scores = validate(network, data, protocol, device, num_workers=2)
+    scores = validate(network, data, protocol, device, 2, *meta["statistics"])
     for name, iou in scores.items():
         if name.startswith("val/iou/"):
             print(f"{name.removeprefix('val/iou/'):16} {100 * iou:6.2f}")
@@ -130,12 +220,51 @@ def evaluate(args, network, meta, protocol, device) -> float:
     return miou
 
 
+class Program(nn.Module):
+    """What is exported: uint8 (B, 3, H, W) RGB -> (B, C, H, W) logits."""
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.network((image.float() / 255 - self.mean) / self.std)
+
+
+@torch.no_grad()
+def export(path: Path, network: nn.Module, meta) -> None:
+    """Write a program for any batch and size, once it agrees with the network on two of them."""
+    program = Program(network.cpu(), *meta["statistics"]).eval()
+    draw = torch.Generator().manual_seed(0)
+
+    def pixels(*size: int) -> torch.Tensor:
+        return torch.randint(256, size, generator=draw).byte()
+
+    sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    made = torch.export.export(program, (pixels(2, 3, 96, 128),), dynamic_shapes=({**sizes},))
+    part = path.with_name(f"{path.stem}.part.pt2")
+    torch.export.save(made, part)
+    again = torch.export.load(part).module()
+    for size in ((1, 3, 101, 67), (3, 3, 160, 224)):
+        image = pixels(*size)
+        torch.testing.assert_close(again(image), program(image), rtol=1e-4, atol=1e-4)
+    os.replace(part, path)
+    print(
+        f"{path}: uint8 (B, 3, H, W) RGB -> (B, {len(meta['classes'])}, H, W) logits, as the "
+        f"network's on two sizes; torch.export.load({str(path)!r}).module()"
+    )
+
+
 def main(args: Args) -> float | None:
-    """Predict or evaluate; returns the mIoU of an evaluation."""
-    if not args.evaluate and not args.images:
-        raise UserError("name the images to predict, or --evaluate")
-    if not args.scales or min(args.scales) <= 0:
+    """Predict, evaluate, export; returns the mIoU of an evaluation."""
+    if not (args.evaluate or args.images or args.export):
+        raise UserError("name the images to predict, or --evaluate, or --export")
+    if not args.scales or not all(0 < scale < math.inf for scale in args.scales):
         raise UserError(f"--scales {args.scales}: must be above 0")
+    if args.window is not None and args.window < 32:
+        raise UserError(f"--window {args.window}: must be 32 pixels or more")
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kinds["cpu"] = True
     kind = next(k for k in kinds if kinds[k]) if args.device == "auto" else args.device
@@ -145,21 +274,29 @@ def main(args: Args) -> float | None:
     network, meta = load(args.checkpoint, device, args.network)
     crop = meta["args"]["crop_size"]
     sliding = DATASETS[meta["args"]["dataset"]].sliding
-    protocol = Protocol(pad_to=crop, window=crop if sliding else None)
+    protocol = Protocol(pad_to=crop, window=args.window or (crop if sliding else None))
     protocol = replace(protocol, scales=args.scales, flip=args.flip)
-    if args.images:
-        predict_files(args, network, meta, protocol, device)
-    return evaluate(args, network, meta, protocol, device) if args.evaluate else None
+    skipped = predict_files(args, network, meta, protocol, device) if args.images else 0
+    miou = evaluate(args, network, meta, protocol, device) if args.evaluate else None
+    if args.export:
+        export(args.export, network, meta)
+    if skipped:
+        raise SystemExit(1)
+    return miou
 
 
 def command_line() -> None:
     """`main` with the command line's flags; a mistake in the input is one line, exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names that a terminal cannot show
     try:
         main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if not (text := explain(error)):
+            raise
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: what is written is whole
     command_line()

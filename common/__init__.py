@@ -1,5 +1,7 @@
 """Data and evaluation helpers shared by all scripts."""
 
+import errno
+
 
 class UserError(ValueError):
     """A mistake in the input: one message that names the flag, file or value and the mend; scripts
@@ -21,3 +23,34 @@ def claim(file) -> None:
         raise UserError(f"{file.name}: another run writes here; use another --exp-name") from None
     except OSError:  # a network file system without locks
         pass
+
+
+def explain(error: Exception) -> str | None:
+    """One line, with the mend, for what the input or the machine did; None for our own mistakes."""
+    text, cause = str(error).strip(), error.__context__
+    if isinstance(error, RuntimeError) and isinstance(cause, OSError) and cause.errno:
+        error, text = cause, str(cause)  # torch's word for a full disk says less
+    if isinstance(error, UserError | FloatingPointError):
+        return text
+    if isinstance(error, OSError):
+        mends = {
+            errno.ENOSPC: "; make room, and the same command continues",
+            errno.EDQUOT: "; make room, and the same command continues",
+            errno.EMFILE: "; raise the limit (ulimit -n 4096), or use --num-workers 0",
+        }
+        return text + mends.get(error.errno, "")
+    lowered = text.lower()
+    if "out of memory" in lowered or "allocate memory" in lowered or isinstance(error, MemoryError):
+        return f"{first_line(text)}; use --accumulate 2 or more, or a smaller --crop-size"
+    if "DataLoader worker" in text:
+        return (
+            f"{first_line(text)} Where /dev/shm is small (docker run --shm-size=8g), use "
+            "--num-workers 0; the same command continues"
+        )
+    if "too many open files" in lowered:
+        return "too many open files; raise the limit (ulimit -n 4096), or use --num-workers 0"
+    return None
+
+
+def first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:300] or "no memory is left"

@@ -8,23 +8,37 @@ ignored, as tv_tensors. Adding a data set: write one subclass of `SegmentationDa
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 from tqdm import tqdm
 
 from common import UserError, synthetic
+from common.files import (
+    Colors,
+    check_mask,
+    first,
+    images_under,
+    listed_ids,
+    read_classes,
+    read_image,
+    read_lines,
+    read_mask,
+    read_text,
+    remarks,
+    visible,
+)
 from common.splits import Split, extract, fetch, locked, make_split
 
 IGNORE = 255
 UNKNOWN = 254  # inside an unlabeled image, where 255 is left to the padding
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def voc_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
@@ -45,6 +59,8 @@ class SegmentationData:
         scales: factors of the weak view, one drawn per sample
         sliding: evaluate by a sliding window of the crop's size, not on whole images
         lookup: (256,) uint8, stored label value -> class id
+        colors: of the classes in masks that are pictures, else None
+        notes: what the user should know, printed at the start
     """
 
     name: str
@@ -57,12 +73,19 @@ class SegmentationData:
     scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
     sliding: bool = False
     lookup: np.ndarray | None = None
+    colors: Colors | None = None
+    notes: tuple[str, ...] = ()
 
     def image_path(self, image_id: str) -> Path:
         raise NotImplementedError
 
     def label_path(self, image_id: str) -> Path:
         raise NotImplementedError
+
+    def listed(self, text: str, source: str) -> list[str]:
+        """Image ids that a list names; UserError names what is no training image of this set."""
+        images = {i: self.image_path(i) for i in (*self.train_ids, *self.extra_ids)}
+        return listed_ids(text, source, images, where=f" of {self.name}'s training images")
 
     def load(self, image_id: str, with_label: bool = True):
         """Decode one sample; without a label the label is 255 everywhere.
@@ -71,22 +94,19 @@ class SegmentationData:
             UserError: names the file that cannot be read, has another size than its image, or
                 holds a value outside the classes.
         """
-        path = self.image_path(image_id)
-        image = decode(path, "RGB")
+        image = read_image(self.image_path(image_id))
         if not with_label:
             return as_sample(image, np.full(image.shape[:2], IGNORE, np.uint8))
-        path = self.label_path(image_id)
-        label = decode(path, None)
-        if label.ndim != 2 or label.dtype != np.uint8:
-            raise UserError(
-                f"{path}: a label must be an 8-bit single-channel or palette image of class ids, "
-                f"this one has shape {label.shape} and type {label.dtype}; convert it"
-            )
+        label, path = self.load_label(image_id), self.label_path(image_id)
         if label.shape != image.shape[:2]:
-            raise UserError(
-                f"{path}: size {label.shape[1]}x{label.shape[0]} differs from "
-                f"{image.shape[1]}x{image.shape[0]} of {self.image_path(image_id)}; they must agree"
-            )
+            check_mask(path, self.image_path(image_id))  # says why
+            raise UserError(f"{path}: has another size than {self.image_path(image_id)}")
+        return as_sample(image, label)
+
+    def load_label(self, image_id: str) -> np.ndarray:
+        """uint8 (H, W) class ids, 255 ignored."""
+        path = self.label_path(image_id)
+        label = read_mask(path, self.colors)
         if self.lookup is not None:
             label = self.lookup.take(label)
         if (label + np.uint8(1)).max() > len(self.classes):  # uint8: 255 becomes 0
@@ -95,7 +115,7 @@ class SegmentationData:
                 f"{path}: label value {outside[0]} is outside the {len(self.classes)} classes; "
                 f"use 0..{len(self.classes) - 1}, or {IGNORE} for pixels to ignore"
             )
-        return as_sample(image, label)
+        return label
 
     def has_label(self, image_id: str) -> bool:
         """Whether a label lies there; of unlabeled images it may, for a diagnostic only."""
@@ -114,33 +134,81 @@ class SegmentationData:
                     "add them, or take these images out of the lists"
                 )
 
-    def check_samples(self, labeled_ids, unlabeled_ids) -> None:
-        """Decode and check every image and every label (`--check-data`)."""
-        faults = []
-        jobs = [(i, True) for i in labeled_ids] + [(i, False) for i in unlabeled_ids]
-        for image_id, with_label in tqdm(jobs, desc="checking", disable=None):
+    def check_labels(self, labeled_ids, val_ids) -> None:
+        """Refuse, before training, masks that are ambiguous or teach nothing.
+
+        Reads the header of every mask, and of as many masks as it takes to see a labeled pixel.
+        """
+        palettes: dict[tuple[int, ...], Path] = {}
+        for image_id in (*labeled_ids, *val_ids):
+            path = self.label_path(image_id)
+            palette = check_mask(path, self.image_path(image_id))
+            if palette and not self.colors:
+                for other, where in palettes.items():  # a file may leave out colors at the end
+                    if any(a != b for a, b in zip(palette, other, strict=False)):
+                        raise UserError(
+                            f"{path} and {where} have different palettes; "
+                            "save class ids as 8-bit gray, or give the colors in classes.txt"
+                        )
+                palettes.setdefault(palette, path)
+        for what, ids in (("labeled", labeled_ids), ("validation", val_ids)):
+            if not any((self.load_label(i) != IGNORE).any() for i in ids):
+                raise UserError(
+                    f"{self.name}: every pixel of all {len(ids)} {what} masks is ignored "
+                    f"({self.label_path(ids[0])}, ...); mark classes in them"
+                )
+
+    def check_samples(self, labeled_ids, val_ids, unlabeled_ids) -> None:
+        """Decode and check every image and label, and print what they hold (`--check-data`)."""
+        faults, notes = [], []
+        pixels = np.zeros((2, 256), np.int64)  # of each class in labeled and validation images
+        jobs = [(i, row) for row, ids in enumerate((labeled_ids, val_ids)) for i in ids]
+        jobs += [(i, None) for i in unlabeled_ids]
+        for image_id, row in tqdm(jobs, desc="checking", disable=None):
             try:
-                self.load(image_id, with_label)
+                label = self.load(image_id, row is not None)[1]
+                if row is not None:
+                    pixels[row] += np.bincount(label.numpy().ravel(), minlength=256)
+                notes += self.remarks(image_id)
             except UserError as error:
                 faults.append(str(error))
         if faults:
             lines = "".join(f"\n  {fault}" for fault in faults)
             raise UserError(f"{len(faults)} of {len(jobs)} samples are bad:{lines}")
+        share = 100 * pixels / pixels.sum(1, keepdims=True).clip(min=1)
+        width = max(map(len, (*self.classes, "ignored")))
+        print(f"{'share of pixels':{width}}   labeled  validation")
+        for name, value in (
+            *zip(self.classes, share[:, : len(self.classes)].T, strict=True),
+            ("ignored (255)", share[:, IGNORE]),
+        ):
+            print(f"{name:{width}}  {value[0]:7.2f} %   {value[1]:7.2f} %")
+        for note in notes:
+            print(f"note: {note}")
 
+    def remarks(self, image_id: str) -> list[str]:
+        path = self.image_path(image_id)
+        return [f"{path} {remark}" for remark in remarks(path)]
 
-def decode(path: Path, mode: str | None) -> np.ndarray:
-    """An image file as uint8 (H, W[, 3]); palette files give their indices, EXIF turns apply."""
-    try:
-        with Image.open(path) as file:
-            ImageOps.exif_transpose(file, in_place=True)
-            if mode and file.mode.startswith("I"):  # 16-bit gray, which `convert` would clip
-                high_byte = (np.asarray(file).clip(0, 65535) >> 8).astype(np.uint8)
-                file = Image.fromarray(high_byte)
-            return np.array(file.convert(mode) if mode and file.mode != mode else file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}); replace it") from None
+    def fingerprint(self, split: Split) -> dict[str, object]:
+        """What a run was trained and scored on: whatever differs here is another task."""
+
+        def digest(parts) -> str:
+            found = hashlib.sha256()
+            for part in parts:
+                found.update(part if isinstance(part, bytes) else os.fsencode(f"{part}\n"))
+            return found.hexdigest()[:16]
+
+        masks = (self.label_path(i).read_bytes() for i in (*split.labeled, *self.val_ids))
+        used = sorted({*split.labeled, *split.unlabeled, *self.val_ids})
+        return {
+            "classes": list(self.classes),
+            "labeled images": digest(split.labeled),
+            "unlabeled images": digest(split.unlabeled),
+            "validation images": digest(self.val_ids),
+            "masks": digest(masks),
+            "sizes of the image files": digest(self.image_path(i).stat().st_size for i in used),
+        }
 
 
 def as_sample(image: np.ndarray, label: np.ndarray):
@@ -148,26 +216,11 @@ def as_sample(image: np.ndarray, label: np.ndarray):
     return image, tv_tensors.Mask(torch.from_numpy(label))
 
 
-def first(items, count: int = 3) -> str:
-    """The first few of many things, for an error message."""
-    return ", ".join(str(item) for item in items[:count]) + (", ..." if len(items) > count else "")
-
-
 def stems(folder: Path, suffixes: tuple[str, ...]) -> tuple[str, ...]:
     """Sorted names, without ending, of the files of these kinds in a folder."""
     if not folder.is_dir():
         return ()
-    return tuple(sorted(p.stem for p in folder.iterdir() if p.suffix.lower() in suffixes))
-
-
-def read_lines(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; the data set needs it")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a UTF-8 text file ({error}); save it as one") from None
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(sorted(p.stem for p in visible(folder.iterdir()) if p.suffix.lower() in suffixes))
 
 
 def missing(name: str, folder: Path, mend: str) -> UserError:
@@ -240,7 +293,7 @@ class VOC(SegmentationData):
 
     def _convert_sbd(self, source: Path, target: Path) -> None:
         """Write SBD's MATLAB class masks as PNG, once; `target` appears when it is complete."""
-        files = sorted(source.glob("*.mat"))
+        files = visible(source.glob("*.mat"))
         if not files:
             raise missing(
                 "voc",
@@ -305,7 +358,7 @@ class Cityscapes(SegmentationData):
         self.folder = found[0]
         self.part = {}
         for part in ("train", "val"):
-            files = sorted((self.folder / "leftImg8bit" / part).glob("*/*_leftImg8bit.png"))
+            files = visible((self.folder / "leftImg8bit" / part).glob("*/*_leftImg8bit.png"))
             ids = tuple(file.name.removesuffix("_leftImg8bit.png") for file in files)
             self.part.update(dict.fromkeys(ids, part))
             setattr(self, f"{part}_ids", ids)
@@ -360,8 +413,8 @@ class CamVid(SegmentationData):
         self.folder = found[0]
         self.part, self.suffix = {}, {}
         for part in ("train", "val", "test"):
-            files = [p for p in (self.folder / part).glob("*") if p.suffix in (".jpg", ".png")]
-            suffix = {file.stem: file.suffix for file in sorted(files)}
+            files = visible((self.folder / part).glob("*"))
+            suffix = {p.stem: p.suffix for p in files if p.suffix in (".jpg", ".png")}
             self.suffix |= suffix
             self.part |= dict.fromkeys(suffix, part)
             setattr(self, f"{part}_ids", tuple(sorted(suffix)))
@@ -416,8 +469,20 @@ class Shapes(SegmentationData):
     def has_label(self, image_id: str) -> bool:
         return True
 
+    def image_path(self, image_id: str) -> Path:
+        return Path(image_id)  # for lists
+
     def check_files(self, image_ids, label_ids) -> None:
         pass
+
+    def check_labels(self, labeled_ids, val_ids) -> None:
+        pass
+
+    def remarks(self, image_id: str) -> list[str]:
+        return []
+
+    def fingerprint(self, split: Split) -> dict[str, object]:
+        return {}  # the ids fix the scenes
 
     def load(self, image_id: str, with_label: bool = True):
         image, label = synthetic.scene(seed=0, index=int(image_id))
@@ -435,20 +500,25 @@ class Folder(SegmentationData):
         if not (root / "images").is_dir():
             raise missing("folder", root / "images", "Point --data-root at your folder.")
         self.folder = root
-        self.files: dict[str, Path] = {}
-        for file in sorted((root / "images").rglob("*")):
-            if file.suffix.lower() in IMAGE_SUFFIXES:
-                image_id = file.relative_to(root / "images").with_suffix("").as_posix()
-                if image_id in self.files:
-                    raise UserError(f"{file} and {self.files[image_id]} share an id; rename one")
-                self.files[image_id] = file
-        self.classes = read_lines(root / "classes.txt")
-        if not 1 < len(self.classes) < IGNORE:
-            raise UserError(
-                f"{root / 'classes.txt'}: needs 2 to 254 lines, one class name each, "
-                f"has {len(self.classes)}"
+        self.files, others = images_under(root / "images")
+        for image_id in self.files:
+            for ending in ("_mask", "-mask", "_label", "_labels", "_seg"):
+                if image_id.endswith(ending) and image_id.removesuffix(ending) in self.files:
+                    raise UserError(
+                        f"{self.files[image_id]} seems to be the mask of an image beside it; put "
+                        f"masks into {root / 'masks'} under their images' names"
+                    )
+        if others:
+            self.notes = (
+                f"{len(others)} files in {root / 'images'} are left out: {first(others)}; to use "
+                "images among them, convert them to JPEG or PNG",
             )
+        self.masks = images_under(root / "masks")[0] if (root / "masks").is_dir() else {}
+        self.classes, self.colors = read_classes(root)
         self.palette = voc_palette(len(self.classes))
+        if self.colors:
+            colors = {i: color for color, i in self.colors.items()}
+            self.palette = tuple(colors[i] for i in range(len(self.classes)))
         self.train_ids = self._read_ids("labeled.txt")
         self.val_ids = self._read_ids("val.txt")
         if both := sorted(set(self.train_ids) & set(self.val_ids)):
@@ -467,32 +537,38 @@ class Folder(SegmentationData):
         else:
             self.extra_ids = tuple(image_id for image_id in self.files if image_id not in known)
 
+    def listed(self, text: str, source: str) -> list[str]:
+        where = f" in {self.folder / 'images'}"
+        return listed_ids(text, source, self.files, self.label_path, where)
+
     def _read_ids(self, name: str) -> tuple[str, ...]:
-        """Ids of a list file; an id may carry its ending or not."""
-        ids = []
-        for line in read_lines(self.folder / name):
-            stem, _, ending = line.rpartition(".")
-            with_ending = line not in self.files and f".{ending.lower()}" in IMAGE_SUFFIXES
-            ids.append(stem if with_ending else line)
-        if unknown := [image_id for image_id in ids if image_id not in self.files]:
+        path = self.folder / name
+        return tuple(self.listed(read_text(path), str(path)))
+
+    def check_labels(self, labeled_ids, val_ids) -> None:
+        super().check_labels(labeled_ids, val_ids)
+        # 255 where a class is meant: the commonest mistake, and the class is never learned.
+        seen: set[int] = set()
+        for image_id in (*labeled_ids, *sorted(set(self.train_ids) - set(labeled_ids))):
+            if self.has_label(image_id):
+                seen |= set(np.flatnonzero(np.bincount(self.load_label(image_id).ravel())).tolist())
+            if len(seen - {IGNORE}) == len(self.classes):
+                return
+        absent = [f"{i} ({name})" for i, name in enumerate(self.classes) if i not in seen]
+        if IGNORE in seen:
             raise UserError(
-                f"{self.folder / name}: {len(unknown)} of {len(ids)} entries have no file in "
-                f"{self.folder / 'images'}: {first(unknown)}; correct them, or add the images"
+                f"{self.folder / 'masks'}: no labeled mask holds class {first(absent)}, while they "
+                f"hold {IGNORE}, which is ignored. If {IGNORE} stands for a class (as in masks of "
+                "0 and 255), store its id; else label an image that shows the class, or take it "
+                "out of classes.txt"
             )
-        if len(set(ids)) < len(ids):
-            twice = sorted(image_id for image_id in set(ids) if ids.count(image_id) > 1)
-            raise UserError(
-                f"{self.folder / name}: entries occur twice: {first(twice)}; remove the repeated"
-            )
-        if not ids:
-            raise UserError(f"{self.folder / name}: is empty; write one image id per line")
-        return tuple(ids)
+        self.notes += (f"no labeled mask holds class {first(absent)}: it cannot be learned",)
 
     def image_path(self, image_id: str) -> Path:
         return self.files[image_id]
 
     def label_path(self, image_id: str) -> Path:
-        return self.folder / "masks" / f"{image_id}.png"
+        return self.masks.get(image_id, self.folder / "masks" / f"{image_id}.png")
 
 
 DATASETS = {data.name: data for data in (VOC, Cityscapes, CamVid, Shapes, Folder)}
@@ -510,22 +586,27 @@ def open_dataset(name: str, root: Path, download: bool = False) -> SegmentationD
 
 
 def open_data(args) -> tuple[SegmentationData, Split]:
-    """A data set and its split, with every file in its place.
+    """A data set and its split, with every file in its place and every mask's header read.
 
     Args:
         args: dataset, data_root, split, split_seed, unlabeled, download; and check_data, which
-            decodes every image and label, says that they are in order, and ends the program
+            decodes every image and label, prints what they hold, and ends the program
     """
     data = open_dataset(args.dataset, args.data_root, args.download)
     drawn = make_split(
         args.split, args.dataset, data.train_ids, Path(args.data_root), args.split_seed,
-        args.unlabeled, data.fine_ids, data.extra_ids, data.val_ids,
+        args.unlabeled, data.fine_ids, data.extra_ids, data.val_ids, data.listed,
     )  # fmt: skip
     labeled = [*drawn.labeled, *data.val_ids]
     others = sorted(set(drawn.unlabeled) - set(labeled))
     data.check_files([*labeled, *others], labeled)
     if args.check_data:
-        data.check_samples(labeled, others)
+        data.check_samples(drawn.labeled, data.val_ids, others)
+    data.check_labels(drawn.labeled, data.val_ids)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for note in data.notes:
+            print(f"note: {note}", file=sys.stderr)
+    if args.check_data:
         count = len(labeled) + len(others)
         print(f"{args.dataset}, {drawn.identity}: all {count} images are in order")
         raise SystemExit(0)
@@ -658,10 +739,13 @@ class Samples(Dataset):
     def __getitem__(self, pair: tuple[int, int]):
         index, sample_seed = pair
         image_id = self.ids[index]
-        with_label = self.labels == "all" or (
-            self.labels == "known" and self.data.has_label(image_id)
-        )
-        image, label = self.data.load(image_id, with_label)
+        known = self.labels == "known" and self.data.has_label(image_id)
+        try:
+            image, label = self.data.load(image_id, self.labels == "all" or known)
+        except UserError:
+            if not known:
+                raise
+            image, label = self.data.load(image_id, False)  # a diagnostic stops no training
         if self.labels != "all":
             label[label == IGNORE] = UNKNOWN
         with torch.random.fork_rng(devices=[]):

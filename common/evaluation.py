@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from common.datasets import IGNORE, UNKNOWN, SegmentationData, Validation
-from common.transforms import denormalize, normalize, pad_margins
+from common.transforms import MEAN, STD, denormalize, normalize, pad_margins
 
 
 def confusion_matrix(
@@ -87,6 +87,40 @@ def sliding_window_logits(
     return total / count  # DIFFERS (supervised.md 7): the release sums
 
 
+def sliding_window_labels(
+    model: Callable,
+    image: torch.Tensor,
+    num_classes: int,
+    crop_size: int,
+    stride: int,
+    normalized: Callable,
+) -> torch.Tensor:
+    """`sliding_window_logits(...).argmax(1)` of one image, in memory for one row of windows.
+
+    Args:
+        image: uint8 (3, H, W)
+        normalized: uint8 (1, 3, h, w) -> what the model takes
+    Returns: uint8 (H, W)
+    """
+    height, width = image.shape[1:]
+    label = torch.empty(height, width, dtype=torch.uint8)
+    tops = window_starts(height, crop_size, stride)
+    total = torch.zeros(1, num_classes, crop_size, width)  # of the rows from `top` on
+    count = torch.zeros(1, 1, crop_size, width)
+    for top, following in zip(tops, [*tops[1:], height], strict=True):
+        for left in window_starts(width, crop_size, stride):
+            window = image[None, :, top : top + crop_size, left : left + crop_size]
+            logits = padded_logits(model, normalized(window), crop_size).cpu()
+            rows, columns = slice(0, window.shape[2]), slice(left, left + crop_size)
+            total[:, :, rows, columns] += logits
+            count[:, :, rows, columns] += 1
+        done = following - top  # no later window reaches these rows
+        label[top:following] = (total / count)[0, :, :done].argmax(0)
+        total = F.pad(total[:, :, done:], (0, 0, 0, min(done, crop_size)))
+        count = F.pad(count[:, :, done:], (0, 0, 0, min(done, crop_size)))
+    return label
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How an image is predicted; printed with every score.
@@ -146,6 +180,8 @@ def confusion_of(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
 ) -> torch.Tensor:
     """The confusion matrix of a data set, int64 (C, C) on the CPU, the same on every process.
 
@@ -157,7 +193,8 @@ def confusion_of(
     generator = torch.Generator()  # of its own: a loader draws a base seed even without shuffling
     loader = DataLoader(dataset, sampler=shard, num_workers=num_workers, generator=generator)
     for image, label in loader:
-        scores = predict(model, normalize(image.to(device)), num_classes, protocol)
+        image = normalize(image.to(device), mean, std)
+        scores = predict(model, image, num_classes, protocol)
         confusion += confusion_matrix(label.to(device), scores.argmax(1), num_classes)
     if world_size > 1:
         dist.all_reduce(confusion)
@@ -170,6 +207,8 @@ def validate(
     protocol: Protocol,
     device: torch.device,
     num_workers: int = 0,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
 ) -> dict[str, float]:
     """Scores on the data set's validation images, the same on every process, as they are logged:
     `val/miou`, and `val/iou/<class>` of the classes that occur.
@@ -184,7 +223,7 @@ def validate(
     mode, images = network.training, Validation(data, data.val_ids)
     model = network.eval().forward  # past a compiled call: whole images vary in size
     confusion = confusion_of(
-        model, images, len(data.classes), protocol, device, *place, num_workers
+        model, images, len(data.classes), protocol, device, *place, num_workers, mean, std
     )
     network.train(mode)
     iou = zip(data.classes, iou_per_class(confusion).tolist(), strict=True)

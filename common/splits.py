@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from lzma import LZMAError
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError
+from common.files import listed_ids, read_text, without_suffix
 
 RAW = "https://raw.githubusercontent.com"
 TORCHSEMISEG_URL = f"{RAW}/charlesCXK/TorchSemiSeg/5e0c29c02738728b6848a732817db15620a6e034/DATA"
@@ -99,6 +101,7 @@ def make_split(
     fine_ids=None,
     extra_ids=(),
     val_ids=(),
+    find=None,
 ) -> Split:
     """The labeled and unlabeled image ids that `--split` and its companions ask for.
 
@@ -107,6 +110,7 @@ def make_split(
              split_seed: >= 0, draws a ratio or number; None: the published list, else seed 0
              unlabeled: "rest", or "all": every image, the labeled ones too, without their labels
              fine_ids: VOC's finely annotated ids, to be counted; val_ids: refused in training
+             find: (text of a list, its name) -> ids; None: lines are ids or names of their files
     Returns: Split; its `unlabeled` is empty where "rest" leaves no image
     Raises:  UserError for every mistake in these, in the list file, or in the data folder
     """
@@ -120,11 +124,11 @@ def make_split(
     _refuse(Counter(train_ids) - Counter(known), f"remove the repeated ids of {dataset}'s list")
     _refuse(known & set(extra_ids), f"{dataset}: keep ids in the labeled or the unlabeled list")
 
-    name, slug, labeled, rest = _choose(split, dataset, train_ids, data_root, split_seed)
+    find = find or partial(listed_ids, images={i: Path(i) for i in train_ids})
+    name, slug, labeled, rest = _choose(split, dataset, train_ids, data_root, split_seed, find)
     chosen = set(labeled)
     if not chosen:
         raise UserError(f"{flag} names no image; write one image id per line")
-    _refuse(Counter(labeled) - Counter(chosen), f"{flag} repeats ids; remove them")
     _refuse(
         chosen.union(rest or ()) - known,
         f"{flag} names ids that are not among the {len(known)} training images of {dataset}; "
@@ -137,7 +141,9 @@ def make_split(
         (chosen | pool) & set(val_ids),
         f"{flag}: remove the ids of validation images from the training lists",
     )
-    digest = _sha256("".join(f"{i}\n" for i in sorted(chosen)).encode())[:8]
+    digest = _sha256("".join(f"{i}\n" for i in sorted(chosen)).encode("utf-8", "surrogateescape"))[
+        :8
+    ]
     fine = None if fine_ids is None else len(chosen & set(fine_ids))
     return Split(
         name,
@@ -149,7 +155,7 @@ def make_split(
     )
 
 
-def _choose(split, dataset, train_ids, data_root, split_seed):
+def _choose(split, dataset, train_ids, data_root, split_seed, find):
     """Name, slug ("" for a list file), labeled ids, and unlabeled ids (None: all others)."""
     flag, (family, _, size) = f"--split {split}", split.rpartition(":")
     ratio, number = re.fullmatch(r"1/([0-9]+)", split), re.fullmatch(r"[+-]?[0-9]+", split)
@@ -175,18 +181,21 @@ def _choose(split, dataset, train_ids, data_root, split_seed):
     if split == "full":
         return "full", "full", train_ids, None
 
-    path = Path(split) if Path(split).exists() else Path(data_root) / split
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    places = [place for place in (Path(split), Path(data_root) / split) if place.exists()]
+    if not places:
         forms = ", ".join({key[1]: ":".join(key[1:]) for key in PUBLISHED}.values())
         raise UserError(
             f"{flag}: no such file, and none of the known forms: 1/8 (or another 1/r), "
             f"{forms}, a number of images, full, or a file of image ids"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
+        )
+    if len({os.path.realpath(place) for place in places}) > 1:
+        both = " or ".join(str(place.absolute()) for place in places)
+        raise UserError(f"{flag}: which one, {both}? Give its whole path")
+    try:
+        text = read_text(places[0])
+    except (OSError, UserError) as error:
         raise UserError(f"{flag}: not a readable text file of image ids ({error})") from None
-    return f"list {Path(split).name}", "", read_ids(text, set(train_ids)), None
+    return f"list {Path(split).name}", "", find(text, flag), None
 
 
 def _slug(path):
@@ -200,18 +209,10 @@ def draw(ids, count, seed) -> list[str]:
     return sorted(ids[i] for i in order[:count].tolist())
 
 
-def read_ids(text, known=()) -> list[str]:
-    """Image ids of a list, in its order: bare ids, file names, or an image and a label path a line.
-
-    A line (without its image suffix) that is among `known` is taken whole: those ids may hold
-    spaces, dots and slashes. Of any other line it is the file name in the first column.
-    """
-    suffix, ids = re.compile(r"\.(jpe?g|png|bmp|tiff?|webp)$", re.IGNORECASE), []
-    for line in filter(None, map(str.strip, text.splitlines())):  # CRLF and blank lines are common
-        column = suffix.sub("", line.split()[0])
-        whole = [i for i in (line, suffix.sub("", line), column) if i in known]
-        ids.append(whole[0] if whole else Path(column).name.removesuffix("_leftImg8bit"))
-    return ids
+def read_ids(text) -> list[str]:
+    """Image ids of a published list, in its order: of each line the first column's file name."""
+    names = (Path(line.split()[0]).name for line in text.splitlines() if line.strip())
+    return [without_suffix(name).removesuffix("_leftImg8bit") for name in names]
 
 
 def _published(flag, family, size, dataset, train_ids, data_root):

@@ -20,14 +20,14 @@ MEAN_COLOR = tuple(round(255 * value) for value in MEAN)  # uint8 that normalize
 
 
 @lru_cache
-def statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """MEAN and STD as (1, 3, 1, 1); copied to a device once, since every copy makes a GPU wait."""
-    return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+def statistics(device: torch.device, mean=MEAN, std=STD) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as (1, 3, 1, 1); copied to a device once, since every copy makes a GPU wait."""
+    return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
 
 
-def normalize(image: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, H, W) -> float32, ImageNet statistics, channels last."""
-    mean, std = statistics(image.device)
+def normalize(image: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> float32, ImageNet statistics or others, channels last."""
+    mean, std = statistics(image.device, mean, std)
     image = image.to(memory_format=torch.channels_last)
     return (image.float() / 255 - mean) / std
 

@@ -32,12 +32,12 @@ from common.datasets import (
     Shapes,
     StreamSampler,
     Validation,
-    decode,
     global_batch,
     open_data,
     open_dataset,
     voc_palette,
 )
+from common.files import read_image, read_mask
 from common.transforms import WeakView
 
 needs_camvid = pytest.mark.skipif(not (SHARED / "camvid").is_dir(), reason="CamVid is not here")
@@ -95,7 +95,7 @@ RGB_FILES = {
 @pytest.mark.parametrize("kind", list(RGB_FILES))
 def test_every_kind_of_image_becomes_rgb(tmp_path, kind):
     image, expected = RGB_FILES[kind]
-    found = decode(save(tmp_path / "a.png", image), "RGB")
+    found = read_image(save(tmp_path / "a.png", image))
     assert found.dtype == np.uint8 and found.shape == (*SIZE, 3) and found.flags.writeable
     np.testing.assert_array_equal(found, expected)
 
@@ -105,9 +105,9 @@ def test_cmyk_and_16_bit_files_of_other_formats(tmp_path):
     image = save(tmp_path / "a.jpg", Image.fromarray(smooth).convert("CMYK"), quality=100)
     with Image.open(image) as file:
         assert file.mode == "CMYK"
-    assert abs(decode(image, "RGB").astype(int) - smooth).max() <= 3
+    assert abs(read_image(image).astype(int) - smooth).max() <= 3
     deep = save(tmp_path / "a.tif", RGB_FILES["16-bit gray"][0])
-    np.testing.assert_array_equal(decode(deep, "RGB"), RGB_FILES["16-bit gray"][1])
+    np.testing.assert_array_equal(read_image(deep), RGB_FILES["16-bit gray"][1])
 
 
 TURNS = {  # EXIF orientation -> what a viewer does with the stored pixels
@@ -131,7 +131,7 @@ def test_exif_orientation(tmp_path, orientation):
         expected = TURNS[orientation](
             kind if mode is None or kind.ndim == 3 else RGB_FILES["gray"][1]
         )
-        np.testing.assert_array_equal(decode(path, mode), expected)
+        np.testing.assert_array_equal((read_image if mode else read_mask)(path), expected)
 
 
 @pytest.mark.parametrize("case", ["text", "empty", "cut.jpg", "cut.png", "folder", "missing"])
@@ -144,10 +144,10 @@ def test_unreadable_image(tmp_path, case):
     elif case.startswith("cut"):
         save(path, noise(size=(60, 80)))
         path.write_bytes(path.read_bytes()[:-200])
-    text = message(decode, path, "RGB")
-    expected = "no such file" if case == "missing" else "cannot be read as an image"
-    assert text.startswith(f"{path}: {expected}")
-    assert case == "missing" or text.endswith("; replace it")
+    text = message(read_image, path)
+    expected = {"missing": "no such file", "folder": "cannot be read (Is a directory)"}
+    assert text.startswith(f"{path}: {expected.get(case, 'cannot be read as an image')}")
+    assert case in expected or "; replace it" in text
 
 
 def test_palette():
@@ -639,18 +639,18 @@ FOLDER_MISTAKES = {  # file (None: removed) and content -> what the message says
         "classes.txt",
         "one\n",
     ): "{root}/classes.txt: needs 2 to 254 lines, one class name each, has 1",
-    ("classes.txt", "c\n" * 255): "has 255",
+    ("classes.txt", "".join(f"c{i}\n" for i in range(255))): "has 255",
     ("classes.txt", b"caf\xe9\nb\n"): "{root}/classes.txt: not a UTF-8 text file",
     ("labeled.txt", None): "{root}/labeled.txt: no such file",
     ("labeled.txt", " \n"): "{root}/labeled.txt: is empty; write one image id per line",
     ("labeled.txt", "a\nb\na.png\n"): "{root}/labeled.txt: entries occur twice: a; remove",
     ("labeled.txt", "a\nno1\nno2\nno3.jpg\nno4\n"): (
-        "{root}/labeled.txt: 4 of 5 entries have no file in {root}/images: no1, no2, no3, ...; "
-        "correct them"
+        "{root}/labeled.txt: 4 of 5 entries name no image in {root}/images, or another's mask: "
+        "'no1' (line 2), 'no2' (line 3), 'no3.jpg' (line 4), ...; correct them"
     ),
-    ("labeled.txt", "a.v2\n"): "1 of 1 entries have no file in {root}/images: a.v2",
-    ("labeled.txt", ".\n"): "entries have no file in {root}/images: .",
-    ("labeled.txt", "c.d\n"): "entries have no file in {root}/images: c.d",
+    ("labeled.txt", "a.v2\n"): "or another's mask: 'a.v2' (line 1);",
+    ("labeled.txt", ".\n"): "or another's mask: '.' (line 1);",
+    ("labeled.txt", "c.d\n"): "or another's mask: 'c.d' (line 1);",
     ("val.txt", None): "{root}/val.txt: no such file",
     ("val.txt", ""): "{root}/val.txt: is empty",
     ("val.txt", "v\nb\na\n"): "{root}: labeled.txt and val.txt share 2 ids: a, b; remove",
@@ -658,9 +658,9 @@ FOLDER_MISTAKES = {  # file (None: removed) and content -> what the message says
         "{root}/unlabeled.txt: 1 ids are also in labeled.txt or val.txt: v; remove"
     ),
     ("unlabeled.txt", "x\nsub/c.d\n"): "also in labeled.txt or val.txt: sub/c.d",
-    ("unlabeled.txt", "z\n"): "{root}/unlabeled.txt: 1 of 1 entries have no file",
+    ("unlabeled.txt", "z\n"): "{root}/unlabeled.txt: 1 of 1 entries name no image",
     ("unlabeled.txt", ""): "{root}/unlabeled.txt: is empty",
-    ("images/a.jpg", ""): "share an id; rename one",
+    ("images/a.jpg", ""): "share an id; rename or remove one",
 }
 
 
@@ -687,16 +687,23 @@ def test_folder_missing(tmp_path):
 
 
 def deep_mask(path):
-    save(path, Image.fromarray(label(0, 1).astype(np.uint16)))
+    save(path, Image.fromarray(label(0, 1).astype(np.uint16) * 300))
 
 
 BAD_MASKS = {
     "size": (lambda p: save(p, label(0, 1, size=(5, 8))), "size 8x5 differs from 8x6 of {image}"),
     "value": (lambda p: save(p, label(0, 7)), "label value 7 is outside the 2 classes; use 0..1"),
     "254": (lambda p: save(p, label(0, 254)), "label value 254 is outside"),
-    "RGB": (lambda p: save(p, noise()), "8-bit single-channel or palette image of class ids"),
-    "alpha": (lambda p: save(p, Image.fromarray(label(0)).convert("LA")), "8-bit single-channel"),
-    "16 bit": (deep_mask, "type uint16; convert it"),
+    "RGB": (lambda p: save(p, noise()), "a mask in colors; give them in classes.txt"),
+    "alpha": (
+        lambda p: save(p, Image.fromarray(np.stack([label(0, 1)] * 2, 2), "LA")),
+        "transparent in places; save it without alpha",
+    ),
+    "16 bit": (deep_mask, "label value 300 is outside 0..255"),
+    "float": (
+        lambda p: Image.fromarray(label(0).astype(np.float32)).save(p, format="TIFF"),
+        "floating-point",
+    ),
     "text": (lambda p: p.write_text("no image"), "cannot be read as an image"),
 }
 
@@ -711,7 +718,7 @@ def test_bad_masks(tmp_path, case):
     assert text.startswith(f"{path}: ")
     assert expected.format(image=data.image_path("a")) in text
     assert data.load("a", with_label=False)[1].unique().tolist() == [IGNORE]
-    assert message(data.check_samples, ("a", "b"), ("x",)).endswith(
+    assert message(data.check_samples, ("a", "b"), (), ("x",)).endswith(
         f"1 of 3 samples are bad:\n  {text}"
     )
 

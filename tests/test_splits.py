@@ -436,7 +436,7 @@ LISTS = {
     "JPEGImages/img_03.jpg SegmentationClass/img_03.png",
     "two columns, tab": "/images/train/img_05.png\t/labels/img_05_gtFine.png\r\n"
     "/images/train/img_03.png\t/labels/img_03_gtFine.png\r\n",
-    "cityscapes names": "leftImg8bit/train/a/img_05_leftImg8bit.png x.png\nimg_03_leftImg8bit\n",
+    "quotes, commas, comments": '# mine\n"img_05.jpg", "masks/img_05.png"\n./a/img_03\n',
     "upper-case suffix": "img_05.JPG\nimg_03.PNG\n",
 }
 
@@ -453,13 +453,24 @@ def test_list_file(tmp_path, text):
     assert split.slug == f"my-list-v1.2-{split.digest}"
 
 
-def test_known_ids_are_taken_whole():
-    known = ["a b", "v1.2_x", "sub/c", "d"]
-    assert read_ids("a b\nv1.2_x\nsub/c\nd", known) == known
-    assert read_ids("a b.jpg\nv1.2_x.jpg\nsub/c.jpg m/c.png\nx/d.png", known) == known
-    assert read_ids("JPEGImages/2007_000032.jpg SegmentationClass/2007_000032.png") == [
-        "2007_000032"
-    ]
+def test_published_lists_name_files():
+    text = "JPEGImages/2007_000032.jpg SegmentationClass/2007_000032.png\n\n"
+    assert read_ids(text) == ["2007_000032"]
+    text = "leftImg8bit/train/a/a_1_2_leftImg8bit.png\tgtFine/train/a/a_1_2_gtFine_labelIds.png\r\n"
+    assert read_ids(text) == ["a_1_2"]
+
+
+def test_two_lists_of_one_name(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for folder, ids in ((tmp_path, IDS[:3]), (tmp_path / "data", IDS[:5])):
+        (folder / "few.txt").write_text("\n".join(ids))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match="--split few.txt: which one, .*/few.txt or .*/data/few.txt"
+    ):
+        make_split("few.txt", "folder", IDS, "data")
+    assert len(make_split("data/few.txt", "folder", IDS, "data").labeled) == 5
+    assert len(make_split("few.txt", "folder", IDS, tmp_path).labeled) == 3
 
 
 def test_unlabeled_pools():
@@ -560,15 +571,15 @@ def test_identity():
             "{tmp}/empty",
             "voc",
             {},
-            "--split {tmp}/empty names no image; write one image id per line",
+            "--split {tmp}/empty: is empty; write one image id per line",
         ),
-        ("{tmp}/twice", "voc", {}, "--split {tmp}/twice repeats ids; remove them (1 id: img_01)"),
+        ("{tmp}/twice", "voc", {}, "--split {tmp}/twice: entries occur twice: img_01; remove"),
         (
             "{tmp}/unknown",
             "voc",
             {},
-            "--split {tmp}/unknown names ids that are not among the 24 training images of voc; correct "
-            "them, or complete the data in data (4 ids: no_0, no_1, no_2, ...)",
+            "--split {tmp}/unknown: 4 of 5 entries name no image, or another's mask: 'no_3' (line 2), "
+            "'no_2' (line 3), 'no_1' (line 4), ...; correct them, or add the files",
         ),
     ],
 )

@@ -1,0 +1,413 @@
+"""The files people have: images, masks and lists, read as they are meant or refused with the mend.
+
+Nothing is guessed in silence: what can be read in two ways is refused, with the file's name.
+"""
+
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from common import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+ORIENTATION = 0x0112  # EXIF tag
+Image.MAX_IMAGE_PIXELS = None  # a user's own aerial picture is no attack
+
+
+def first(items, count: int = 3) -> str:
+    """The first few of many things, for an error message."""
+    return ", ".join(str(item) for item in items[:count]) + (", ..." if len(items) > count else "")
+
+
+def normal(name: str) -> str:
+    """A name by which files are compared: macOS stores accents apart from their letters."""
+    return unicodedata.normalize("NFC", name)
+
+
+def without_suffix(name: str) -> str:
+    stem, dot, ending = name.rpartition(".")
+    return stem if f"{dot}{ending.lower()}" in IMAGE_SUFFIXES and stem else name
+
+
+def read_text(path: Path) -> str:
+    """A text file, in UTF-8, or in UTF-16 as Windows writes it."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; the data set needs it")
+    data = path.read_bytes()
+    wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")  # a byte order mark is left out
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a UTF-8 text file ({error}); save it as one") from None
+
+
+def read_lines(path: Path) -> tuple[str, ...]:
+    return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+
+
+def visible(paths) -> list[Path]:
+    """Sorted, without hidden files: .DS_Store, and the ._name that a Mac leaves beside each."""
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def images_under(folder: Path, twins: bool = False) -> tuple[dict[str, Path], list[Path]]:
+    """({relative name without ending: file} of the images, other files); links are followed.
+
+    Hidden files and folders are no data. OSError where a folder cannot be read. Two images that
+    differ in their ending alone keep it with `twins`, and are an error without.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    images: dict[str, Path] = {}
+    others, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
+        seen.add(real)  # a link may lead back to a folder above it
+        for file in visible(Path(place, name) for name in names):
+            if file.suffix.lower() not in IMAGE_SUFFIXES:
+                others.append(file)
+                continue
+            name = normal(file.relative_to(folder).as_posix())
+            twin = images.setdefault(without_suffix(name), file)
+            if twin is not file and twins:
+                images[name] = file
+            elif twin is not file:
+                raise UserError(f"{file} and {twin} share an id; rename or remove one")
+    return dict(sorted(images.items())), others
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file; whatever goes wrong with it becomes a UserError that names it."""
+    try:
+        with Image.open(path) as file:
+            yield file
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (SyntaxError, ValueError, EOFError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    if isinstance(error, OSError) and error.errno:  # the system's word, not Pillow's
+        return UserError(f"{path}: cannot be read ({error.strerror})")
+    mend = "replace it, or convert it to an 8-bit PNG"
+    return UserError(f"{path}: cannot be read as an image ({error}); {mend}")
+
+
+def _turn(file: Image.Image) -> None:
+    with suppress(Exception):  # damaged EXIF, of which Pillow raises many kinds; pixels are sound
+        ImageOps.exif_transpose(file, in_place=True)
+
+
+def orientation(file: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; from 5 on width and height change places."""
+    with suppress(Exception):  # likewise
+        return int(file.getexif().get(ORIENTATION, 1))
+    return 1
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Any image as uint8 (H, W, 3) RGB, turned as EXIF says.
+
+    16-bit gray is scaled by the bits that the image uses (12-bit data in 16 bits keep their
+    contrast), float gray from [0, 1].
+    """
+    with opened(path) as file:
+        stored = str(file.tile)  # after decoding Pillow no longer tells 16 bits from 8
+        _turn(file)
+        if file.mode.startswith("I") or file.mode == "F":
+            return np.repeat(_eight_bits(np.asarray(file), path)[..., None], 3, axis=2)
+        image = np.array(file if file.mode == "RGB" else file.convert("RGB"))
+        if ";16" in stored and image.max() < 32:
+            raise UserError(f"{path}: uses few of its 16 bits; convert it to 8 bits a channel")
+        return image
+
+
+def _eight_bits(values: np.ndarray, path: Path) -> np.ndarray:
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f" and 0 <= low <= high <= 1:
+        return (255 * values).round().astype(np.uint8)
+    if values.dtype.kind != "f" and low >= 0:
+        return (values >> max(0, int(high).bit_length() - 8)).astype(np.uint8)
+    raise UserError(
+        f"{path}: holds {values.dtype} values from {low:g} to {high:g}, whose range only you know; "
+        "convert it to 8 bits"
+    )
+
+
+def remarks(path: Path) -> list[str]:
+    """What a reader of this image should know, in a few words each; usually nothing."""
+    found = []
+    with opened(path) as file:
+        pages = getattr(file, "n_frames", 1)
+        if pages > 1 and file.format != "MPO":  # of a phone's photo and its preview
+            found.append(f"has {pages} pages or frames, the first is used")
+        if file.has_transparency_data and file.convert("RGBA").getextrema()[3][0] < 255:
+            found.append("is transparent in places, where the colors under it are used")
+    return found
+
+
+def check_mask(path: Path, image: Path) -> tuple[int, ...] | None:
+    """Refuse, by its header alone, a mask that cannot be this image's or is ambiguous.
+
+    Returns its palette, to be compared with others'; None where its values need none.
+    """
+    with opened(image) as file:
+        turn = orientation(file)
+        size = file.size if turn < 5 else file.size[::-1]
+    with opened(path) as file:
+        mask_size = file.size if orientation(file) < 5 else file.size[::-1]
+        if mask_size != size:
+            raise _size_error(path, mask_size, image, size, turn)
+        if file.format in ("JPEG", "MPO") or file.info.get("compression") == "jpeg":
+            raise UserError(f"{path}: lossy compression changes class ids; save masks as PNG")
+        if file.mode == "L" and any(f"L;{bits}" in str(file.tile) for bits in (2, 4)):
+            raise UserError(f"{path}: gray of less than 8 bits; save class ids as 8-bit gray")
+        if file.mode != "P":
+            return None
+        palette = tuple(file.getpalette("RGB"))
+    if all(a == b == c for a, b, c in zip(*[iter(palette)] * 3, strict=True)):
+        if palette[::3] != tuple(range(len(palette) // 3)):
+            raise UserError(
+                f"{path}: its palette holds other grays than its indices, so either may be the "
+                "class ids; save class ids as 8-bit gray"
+            )
+        return None
+    return palette
+
+
+def _size_error(path, size, image, image_size, turn) -> UserError:
+    width, height = image_size
+    text = f"{path}: size {size[0]}x{size[1]} differs from {width}x{height} of {image}"
+    if turn > 4 and size == image_size[::-1]:
+        return UserError(
+            f"{text}, which EXIF turns by a quarter while its mask was drawn on the stored pixels; "
+            "store the image turned (mogrify -auto-orient), or turn the mask"
+        )
+    return UserError(f"{text}; they must agree")
+
+
+def read_mask(path: Path, colors: dict[tuple[int, int, int], int] | None = None) -> np.ndarray:
+    """A mask as uint8 (H, W) ids: gray values or palette indices, else colors by this table.
+
+    Gray stored as RGB is read as gray, and a 1-bit mask as 0 and 1.
+    """
+    with opened(path) as file:
+        _turn(file)
+        if file.mode == "P" and colors:
+            return _ids_of_colors(np.asarray(file.convert("RGB")), colors, path)
+        if file.mode in ("L", "P", "1"):
+            return np.array(file, dtype=np.uint8)
+        if file.mode.startswith("I"):
+            values = np.asarray(file)
+            if not 0 <= values.min() <= values.max() <= 255:
+                worst = values.max() if values.max() > 255 else values.min()
+                raise UserError(f"{path}: label value {worst} is outside 0..255; use class ids")
+            return values.astype(np.uint8)
+        if file.mode == "F":
+            raise UserError(f"{path}: a mask of floating-point values; save class ids, 8-bit gray")
+        if file.has_transparency_data and file.convert("RGBA").getextrema()[3][0] < 255:
+            raise UserError(f"{path}: a mask that is transparent in places; save it without alpha")
+        rgb = np.asarray(file.convert("RGB"))
+        if colors:
+            return _ids_of_colors(rgb, colors, path)
+        if (rgb == rgb[..., :1]).all():
+            return rgb[..., 0].copy()
+        raise UserError(
+            f"{path}: a mask in colors; give them in classes.txt (`road 128 64 128`), put CVAT's "
+            "labelmap.txt beside that, or save class ids as 8-bit gray"
+        )
+
+
+def _ids_of_colors(rgb: np.ndarray, colors, path: Path) -> np.ndarray:
+    table = sorted((red << 16 | green << 8 | blue, i) for (red, green, blue), i in colors.items())
+    codes = np.array([code for code, _ in table])
+    ids = np.array([i for _, i in table], np.uint8)
+    pixels = rgb.astype(np.int64) @ (65_536, 256, 1)
+    place = np.searchsorted(codes, pixels).clip(max=len(codes) - 1)
+    if (wrong := codes[place] != pixels).any():
+        color = " ".join(map(str, rgb[wrong][0]))
+        raise UserError(f"{path}: color {color} is no class's; add it to the classes' colors")
+    return ids[place]
+
+
+Colors = dict[tuple[int, int, int], int]
+
+
+def read_classes(root: Path) -> tuple[tuple[str, ...], Colors | None]:
+    """Class names of a folder, in the order of their ids, and the colors of its masks, if any.
+
+    classes.txt holds a name a line, with or without a color (`road 128 64 128`), or is what labelme
+    (`__ignore__` first) or Roboflow (`0, road` under a header) wrote; CVAT's labelmap.txt gives the
+    colors, and the names where classes.txt is missing.
+    """
+    path, map_path = root / "classes.txt", root / "labelmap.txt"
+    entries = {}
+    if map_path.is_file():  # background:0,0,0::
+        rows = [row for row in read_lines(map_path) if not row.startswith("#")]
+        found = [re.fullmatch(r"(.+?):(\d+),(\d+),(\d+)(:.*)?", row) for row in rows]
+        if not all(found):
+            raise UserError(f"{map_path}: {rows[found.index(None)]!r} is not CVAT's name:R,G,B::")
+        entries = {row[1]: tuple(map(int, row.group(2, 3, 4))) for row in found}
+    if entries and not path.is_file():
+        path, lines = map_path, list(entries)
+    else:
+        lines = list(read_lines(path))
+    if lines and re.fullmatch(r"pixel value\s*,\s*class", lines[0], re.IGNORECASE):
+        rows = [line.partition(",")[::2] for line in lines[1:]]
+        if [number.strip() for number, _ in rows] != [str(i) for i in range(len(rows))]:
+            raise UserError(f"{path}: its pixel values are not 0, 1, 2, ...; renumber the masks")
+        lines = [name.strip() for _, name in rows]
+    if comments := [line for line in lines if line.startswith("#")]:
+        raise UserError(f"{path}: {comments[0]!r} would be a class; take out what is no class name")
+    with_color = [re.fullmatch(r"(.+?)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\d+)", line) for line in lines]
+    if any(with_color):
+        if not all(with_color):
+            raise UserError(f"{path}: {lines[with_color.index(None)]!r} has no color, others have")
+        lines = [line[1] for line in with_color]
+        entries = {line[1]: tuple(map(int, line.group(2, 3, 4))) for line in with_color}
+    if twice := [name for name, count in Counter(lines).items() if count > 1]:
+        raise UserError(f"{path}: class names occur twice: {first(twice)}; tell them apart")
+    if "__ignore__" in lines:
+        if not entries and lines[0] != "__ignore__":
+            raise UserError(f"{path}: __ignore__ must be the first line (it has no id), or go")
+        lines.remove("__ignore__")
+    if entries and (unknown := [name for name in lines if name not in entries]):
+        raise UserError(f"{map_path}: has no color for {first(unknown)} of {path.name}")
+    if not 1 < len(lines) < 255:
+        raise UserError(f"{path}: needs 2 to 254 lines, one class name each, has {len(lines)}")
+    ids = {name: i for i, name in enumerate(lines)} | {"__ignore__": 255}
+    colors = {entries[name]: i for name, i in ids.items() if name in entries}
+    if len(colors) < len([name for name in ids if name in entries]):
+        raise UserError(f"{path}: two classes have one color; tell them apart")
+    return tuple(lines), colors or None
+
+
+def listed_ids(
+    text: str,
+    source: str,
+    images: Mapping[str, Path],
+    mask_of: Callable[[str], Path] | None = None,
+    where: str = "",
+) -> list[str]:
+    """Image ids that a list names, in its order, a line each; UserError names the bad lines.
+
+    A line holds an id, a file name or a path, relative or absolute, perhaps in quotes, perhaps with
+    the image's mask in a second column. Never another image than the one named: a path must end as
+    the image's own, and a second column as that of its mask.
+
+    Args:    images: {id: path of its image}; source, where: for the message
+             mask_of: path of an id's mask; None: file names are unique, so folders do not count,
+                 and a mask's name begins with the id
+    """
+    exact = {normal(image_id): image_id for image_id in images}
+    by_name = defaultdict(list)
+    for image_id, path in images.items():
+        by_name[_parts(path)[-1]].append(image_id)
+
+    def find(words: str) -> str | None:
+        parts = _parts(words.strip(" \t\"'").replace("\\", "/"))
+        if "/".join(parts) in exact:
+            return exact["/".join(parts)]
+        for image_id in by_name.get(parts[-1], ()) if parts else ():
+            whole = len(parts) > image_id.count("/") and _ends_with(images[image_id], parts)
+            if whole or not mask_of:
+                return image_id
+        return None
+
+    def image_of(line: str) -> str | None:
+        if line in exact or without_suffix(line) in exact:
+            return exact.get(line) or exact[without_suffix(line)]
+        if image_id := find(line):
+            return image_id
+        for separator in ("\t", ",", ";", None):
+            columns = [column.strip(" \t\"'") for column in line.split(separator) if column.strip()]
+            if len(columns) == 2 and (image_id := find(columns[0])):
+                mask = _parts(columns[1].replace("\\", "/"))
+                own = (
+                    _ends_with(mask_of(image_id), mask)
+                    if mask_of
+                    else mask[-1].startswith(image_id)
+                )
+                return image_id if own else None
+        return None
+
+    ids, bad = [], []
+    for number, line in enumerate(map(normal, text.splitlines()), 1):
+        image_id = image_of(line.strip())
+        if image_id or line.strip()[:1] not in ("", "#"):  # a comment, if no image is called so
+            ids.append(image_id)
+            bad += [] if image_id else [f"{line.strip()!r} (line {number})"]
+    if bad:
+        raise UserError(
+            f"{source}: {len(bad)} of {len(ids)} entries name no image{where}, or another's mask: "
+            f"{first(bad)}; correct them, or add the files"
+        )
+    if twice := [image_id for image_id, count in Counter(ids).items() if count > 1]:
+        raise UserError(f"{source}: entries occur twice: {first(twice)}; remove the repeated")
+    if not ids:
+        raise UserError(f"{source}: is empty; write one image id per line")
+    return ids
+
+
+def _parts(path: str | Path) -> tuple[str, ...]:
+    """Of a path, without `.` and the image's ending."""
+    parts = [part for part in normal(str(path)).split("/") if part not in ("", ".")]
+    return (*parts[:-1], without_suffix(parts[-1])) if parts else ()
+
+
+def _ends_with(path: Path, parts: tuple[str, ...]) -> bool:
+    places: Iterable[str] = (os.path.abspath(path), os.path.realpath(path))
+    return bool(parts) and any(_parts(place)[-len(parts) :] == parts for place in places)
+
+
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """A state dict, from what people have: a bare one, one inside a training checkpoint, with the
+    prefix of a wrapper, or the evaluated network of a checkpoint of these scripts."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError("no such file") from None
+    except Exception as error:  # torch raises many kinds for a bad file
+        raise UserError(f"not a file of weights ({type(error).__name__})") from None
+    names = ("state_dict", "model_state_dict", "model", "network", "teacher", "student")
+    for name in (state.get("evaluated"), *names) if isinstance(state, dict) else ():
+        if isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
+        raise UserError("holds no weights by their names")
+    stem = "layer1.0.conv1.weight"  # of a ResNet; what stands before it is a wrapper's
+    prefix = min((key.removesuffix(stem) for key in state if key.endswith(stem)), default="")
+    prefix = prefix.removesuffix("backbone.")
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def load_weights(network: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Into the whole network, or into its `backbone` if the state is one of that alone.
+
+    The classifier keeps its start where the classes are others; all else must be there and fit.
+    """
+    whole = any(key.startswith("backbone.") for key in state)
+    part = network if whole else network.backbone
+    own = {k: v for k, v in part.state_dict().items() if not k.endswith("num_batches_tracked")}
+    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    lost = [key for key in own if key not in fits and not (whole and key.startswith("classifier."))]
+    if lost:
+        raise UserError(f"{len(lost)} of {len(own)} tensors are missing or differ: {first(lost)}")
+    part.load_state_dict(fits, strict=False)
