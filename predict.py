@@ -3,7 +3,7 @@
     python predict.py runs/<run>/last.pt photo.jpg folder/ --out predictions
     python predict.py runs/<run>/last.pt aerial.tif --window 512     # any size in little memory
     python predict.py runs/<run>/best.pt --evaluate --scales 0.75 1 1.25 --flip
-    python predict.py runs/<run>/best.pt --export model.pt2          # torch.export, pixels to logits
+    python predict.py runs/<run>/best.pt --export model.pt2     # torch.export: pixels to logits
 
 Backbone, classes, palette, normalization and protocol come from the checkpoint.
 """
@@ -175,9 +175,9 @@ def predict_files(args, network, meta, protocol, device) -> int:
         except Exception as error:
             if not (text := explain(error)):
                 raise
-            memory = isinstance(error, RuntimeError | MemoryError)
-            mend = f"{file}: {label_size(file)} do not fit into memory; use --window 512"
-            skipped.append(mend if memory else text)
+            if isinstance(error, RuntimeError | MemoryError):
+                text = f"{file}: does not fit into memory ({text}); use --window 512"
+            skipped.append(text)
             continue
         color = label.copy()
         color.putpalette(colors)
@@ -195,11 +195,6 @@ def predict_files(args, network, meta, protocol, device) -> int:
     for text in skipped:
         print(f"skipped: {text}", file=sys.stderr)
     return len(skipped)
-
-
-def label_size(file: Path) -> str:
-    with Image.open(file) as picture:
-        return f"{picture.width} x {picture.height} pixels"
 
 
 def evaluate(args, network, meta, protocol, device) -> float:

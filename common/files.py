@@ -72,8 +72,11 @@ def images_under(folder: Path, twins: bool = False) -> tuple[dict[str, Path], li
     others, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(place)
-        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
-        seen.add(real)  # a link may lead back to a folder above it
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        if real in seen:  # a link back to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
         for file in visible(Path(place, name) for name in names):
             if file.suffix.lower() not in IMAGE_SUFFIXES:
                 others.append(file)
@@ -117,6 +120,8 @@ def _turn(file: Image.Image) -> None:
 
 def orientation(file: Image.Image) -> int:
     """EXIF's orientation, 1 to 8; from 5 on width and height change places."""
+    if file.format == "PNG" and "exif" not in file.info:
+        return 1  # or Pillow would decode the whole file to look for it at the end
     with suppress(Exception):  # likewise
         return int(file.getexif().get(ORIENTATION, 1))
     return 1
