@@ -148,7 +148,7 @@ def cps_loss(
     logits: (B, C, H, W); pseudo-labels: (B, H, W) int64, the two networks' own, no gradient
     """
     # DIFFERS (cps.md 1): one mean over labeled and unlabeled pixels together, as released, where
-    # the paper adds two; with equal numbers of both, the paper's lambda is half of this one.
+    # the paper adds two: with equal numbers of both, lambda acts there as half of it.
     return cross_entropy(logits_1, pseudo_label_2) + cross_entropy(logits_2, pseudo_label_1)
 
 

@@ -121,9 +121,9 @@ def collect(row: str, folder: Path) -> dict:
         "iou": {k.removeprefix(prefix): v for k, v in last.items() if k.startswith(prefix)},
         "curve": [[entry["step"], entry["val/miou"]] for entry in scores],
         "command": shlex.join(["python", Path(words[0]).name, *words[1:]]),
-        "split": args["split_identity"], "device": environment["device"],
+        "split": args["split_identity"], "device": environment["gpu"] or "cpu",
         "threads": environment["threads"], "torch": environment["torch"],
-        "commit": environment["commit"], "dirty": environment["dirty"],
+        "commit": environment["commit"], "dirty": environment["commit"].endswith("-dirty"),
     }  # fmt: skip
 
 

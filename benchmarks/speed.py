@@ -36,8 +36,10 @@ class Floor:
         self.names = iter("123456789")
 
     def network(self):
-        name = next(self.names)
-        return self.script.make_network(self.args, self.classes, name, 0, 1, self.device)[0]
+        return self.on_device(self.script.make_network(self.args, self.classes, next(self.names)))
+
+    def on_device(self, module):
+        return self.script.prepare(module, self.args, 1, self.device)
 
     def optimizer(self, *networks):
         return self.script.make_optimizer(networks, self.args, self.device)
@@ -55,7 +57,7 @@ class Floor:
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
 
 # A floor gets a `Floor` and returns its step: forwards, losses, backward, optimizer and EMA on
@@ -312,9 +314,9 @@ def measure(name: str, flags, blocks: int) -> dict:
         args = script.Args(
             dataset=flags.dataset, data_root=flags.data_root, backbone=flags.backbone,
             weights="none", device=flags.device, amp=flags.amp, compile=flags.compile,
-            num_workers=flags.num_workers, crop_size=flags.crop_size, batch_size=flags.batch_size,
-            split=flags.split, steps=blocks * BLOCK + 1, log_every=BLOCK, eval_every=10**9,
-            save_every=10**9, output_dir=folder,
+            crop_size=flags.crop_size, batch_size=flags.batch_size, split=flags.split,
+            steps=blocks * BLOCK + 1, log_every=BLOCK, eval_every=10**9, save_every=10**9,
+            num_workers=flags.num_workers, output_dir=folder,
         )  # fmt: skip
         step_of_floor = FLOORS[name](Floor(script, script.resolve(args), flags.classes, device))
 
@@ -428,7 +430,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet14")
     parser.add_argument("--crop-size", type=int, default=160)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--num-workers", type=int, default=None)
+    parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--blocks", type=int, default=8)
