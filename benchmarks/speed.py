@@ -164,7 +164,8 @@ def cct_floor(f: Floor):
 
 def gct_floor(f: Floor):
     nets = [f.network(), f.network()]
-    detector = f.script.make_detector(f.args, f.classes, 1, f.device)[0]
+    detector = f.script.make_detector(f.args, f.classes)
+    f.script.prepare(detector, f.args, 1, f.device)
     optimizers = [f.optimizer(*nets), torch.optim.Adam(detector.parameters(), 1e-4, fused=True)]
     labeled, unlabeled, label = f.image(), f.image(), f.label()
     script, n = f.script, len(label)

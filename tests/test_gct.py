@@ -251,7 +251,7 @@ def test_norm_is_the_authors(path):
     golden = load_golden(path)
     norm = InstanceBatchNorm(5).double()
     features = golden.tensor("ibnorm_in")
-    assert [norm.batch_channels, 5 - norm.batch_channels] == golden["ibnorm_5ch_split"].tolist()
+    assert list(norm.halves) == golden["ibnorm_5ch_split"].tolist()
     close(norm(features), golden.tensor("ibnorm_out_train"), 1e-5)
     close(norm.eval()(features), golden.tensor("ibnorm_out_eval"), 1e-5)
     assert list(dict(norm.named_parameters())) == ["batch_norm.weight", "batch_norm.bias"]
@@ -266,6 +266,15 @@ def test_detector_is_the_authors(path):
     close(detector.eval()(*inputs), golden.tensor("fd_out_eval_after_one_train_pass"), 1e-5)
 
 
+def test_every_depth_fits_every_crop(quick):
+    """The least crop leaves the deepest detector that --detector-stages takes a map of 2 x 2."""
+    for size in range(32, 130):
+        for stages in range(1, 7):
+            assert last_map(size, gct.fitting_strides(size, stages)) >= 2
+    result = main(quick(Args, steps=1, detector_stages=6, detector_width=2, crop_size=32))
+    assert result["steps"] == 1
+
+
 def test_detector_of_the_paper():
     for channels, count in ((7, 8_276_609), (24, 8_294_017), (22, 8_291_969)):
         assert sum(p.numel() for p in FlawDetector(channels).parameters()) == count
@@ -275,21 +284,25 @@ def test_detector_of_the_paper():
 
 def test_stages_and_maps():
     """The map has the image's size; the last convolution's is as `last_map` counts it."""
-    fitting = {32: (1, 0, 7), 48: (1, 0, 11), 96: (2, 1, 10), 160: (2, 2, 9), 512: (3, 3, 15)}
-    for size, (stages, halvings, last) in fitting.items():
-        assert PAPER["shapes"]["detector_stages"](Args(crop_size=size)) == stages
-        assert gct.fitting_halvings(size, stages) == halvings
-        assert last_map(size, stages, halvings) == last
-    for size, stages, halvings, last in (
-        (32, 1, 1, 3), (48, 1, 0, 11), (96, 3, 3, 2), (96, 3, 1, 9), (321, 3, None, 9),
+    fitting = {
+        32: ((1,), 7), 48: ((1,), 11), 91: ((2,), 10), 92: ((2, 1), 10), 96: ((2, 1), 10),
+        160: ((2, 2), 9), 187: ((2, 2), 10), 188: ((2, 2, 1), 10), 315: ((2, 2, 1), 17),
+        316: ((2, 2, 2), 9), 321: ((2, 2, 2), 9), 512: ((2, 2, 2), 15),
+    }  # fmt: skip
+    for size, (strides, last) in fitting.items():
+        assert PAPER["shapes"]["detector_stages"](Args(crop_size=size)) == len(strides)
+        assert gct.fitting_strides(size, len(strides)) == strides
+        assert last_map(size, strides) == last
+    for size, strides, last in (
+        (32, (2,), 3), (48, (1,), 11), (96, (2, 2, 2), 2), (96, (2, 1, 1), 9), (321, (2, 2, 2), 9),
     ):  # fmt: skip
-        detector, sizes = FlawDetector(5, 2, stages, halvings), []
+        detector, sizes = FlawDetector(5, 2, strides), []
         for layer in detector.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.register_forward_hook(lambda _, __, out, to=sizes: to.append(out.shape[-1]))
         out = detector(torch.rand(2, 3, size, size), torch.rand(2, 2, size, size))
         assert out.shape == (2, 1, size, size) and sizes[-1] == last
-        assert last_map(size, stages, stages if halvings is None else halvings) == last
+        assert last_map(size, strides) == last
     assert sizes == [160, 80, 79, 39, 38, 19, 18, 9]
 
 
@@ -327,16 +340,14 @@ def test_main_takes_the_authors_step(path, handled, quick, monkeypatch):
     sides, rows, entering, ramp = iter("lr"), [], [], float(golden["step_ramp"])
 
     def make_network(*_):
-        net = GoldenNet(golden.part(f"step_before.{next(sides)}."))
-        return net, net
+        return GoldenNet(golden.part(f"step_before.{next(sides)}."))
 
     def make_batches(args, data, ids, stream, *_):
         yield (image[:2], label[:2]) if stream == "labeled" else (image[2:], label[2:])
         raise RecordedError
 
     def make_detector(*_):
-        detector = load_detector(golden, "step_before.fd.").float()
-        return detector, detector
+        return load_detector(golden, "step_before.fd.").float()
 
     def over_all_pixels(logits, label, kind):
         return F.cross_entropy(logits, label, ignore_index=255, reduction="none").mean()
@@ -345,12 +356,14 @@ def test_main_takes_the_authors_step(path, handled, quick, monkeypatch):
         entering.append((flaw_map.detach(), target))
         return detector_loss(flaw_map, target, clamp)
 
+    # Their rounding is that of contiguous tensors; `prepare` would make them channels-last.
+    monkeypatch.setattr(gct, "prepare", lambda module, *_: module)
     for function in (make_network, make_batches, make_detector):
         monkeypatch.setattr(gct, function.__name__, function)
     monkeypatch.setattr(gct, "supervised_loss", over_all_pixels)
     monkeypatch.setattr(gct, "detector_loss", record)
     monkeypatch.setattr(gct, "ramp_up", lambda *_: ramp)
-    monkeypatch.setattr(gct.Run, "log", lambda self, step, row: rows.append(row))
+    monkeypatch.setattr(gct.Run, "log", lambda self, step, row, pictures: rows.append(row))
     if handled == "theirs":
         maps = [golden.tensor(f"step_{side}_handled").float() for side in "lr"]
         monkeypatch.setattr(gct, "handle_flaw_map", lambda *_: maps.pop(0))
@@ -544,7 +557,7 @@ def test_detector_follows_the_schedule_and_is_kept(quick):
     assert tuple(group["betas"]) == (0.9, 0.99) and group["weight_decay"] == 0
     moments = checkpoint["detector_optimizer"]["state"]
     assert all(moment["step"] == 4 for moment in moments.values())
-    names = dict(FlawDetector(11, 16, 1).named_parameters())
+    names = dict(FlawDetector(11, 16, (1,)).named_parameters())
     assert len(moments) == len(names) and names.keys() <= checkpoint["detector"].keys()
 
 
@@ -577,7 +590,7 @@ def test_bf16_keeps_every_gradient(quick):
 @pytest.mark.parametrize("flags", [
     {"flaw_threshold": -0.1}, {"flaw_threshold": 1.5}, {"flaw_threshold": float("nan")},
     {"flaw_rounds": 0}, {"ramp_up": 1.1}, {"ramp_up": -0.1}, {"lambda_dc": -1.0},
-    {"lambda_fc": float("nan")}, {"detector_lr": 0.0}, {"detector_lr": float("nan")},
+    {"lambda_fc": float("nan")}, {"detector_lr": -1.0}, {"detector_lr": float("nan")},
     {"detector_width": 1}, {"detector_stages": 0}, {"detector_stages": 7},
 ], ids=str)  # fmt: skip
 def test_bad_flags(quick, flags):
