@@ -2,6 +2,7 @@
 
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import numpy as np
@@ -206,6 +207,39 @@ def test_predict_mistakes(flags, message, monkeypatch, capsys, tmp_path):
     (tmp_path / "file.pt").write_bytes(b"nothing")
     code, _, err = call(predict, monkeypatch, capsys, *flags)
     assert code == 2 and message in err
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = {
+        "data_root": "~/mine",
+        "output_dir": "~/runs",
+        "weights": "~/x.pth",
+        "split": "~/few.txt",
+    }
+    args = supervised.resolve(supervised.Args(dataset="folder", **flags))
+    for name, value in flags.items():
+        assert getattr(args, name) == value.replace("~", str(tmp_path))
+    assert supervised.resolve(supervised.Args(dataset="folder", data_root="~/a")).split == (
+        f"{tmp_path}/a/labeled.txt"
+    )
+
+
+def test_variables_left_over_from_another_program(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    code, _, err = call(supervised, monkeypatch, capsys, *QUICK, "--output-dir", tmp_path)
+    assert code == 2 and "WORLD_SIZE set, but not by torchrun" in err and err.count("\n") == 1
+
+
+def test_ohem_on_a_small_crop_is_said(monkeypatch, capsys, tmp_path):
+    line = [*QUICK, "--output-dir", tmp_path, "--supervised-loss", "ohem"]
+    code, out, _ = call(supervised, monkeypatch, capsys, *line)
+    assert code == 0 and "50,000 pixels" in out and "labeled + " in out
+
+
+def test_a_run_inside_a_thread(quick):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(supervised.main, quick(supervised.Args, steps=1)).result()["steps"] == 1
 
 
 def test_importing_a_script_has_no_side_effect(tmp_path):

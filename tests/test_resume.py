@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, assert_same, read_log, weights
 from test_cli import QUICK
+from test_datasets import label, make_folder, save
 from torch import nn
 
 import cps
@@ -174,6 +175,63 @@ def test_other_arguments_are_refused_and_neutral_ones_are_not(quick):
     with pytest.raises(supervised.UserError, match=r"lr 0.001 -> 0.5.*--exp-name"):
         supervised.main(replace(args, lr=0.5))
     supervised.main(replace(args, num_workers=1, log_every=1, data_root="elsewhere"))
+
+
+def test_other_data_is_refused(quick, tmp_path):
+    root = make_folder(tmp_path / "mine")
+    flags = {"dataset": "folder", "data_root": str(root), "split": None, "weights": "none"}
+    args = quick(supervised.Args, steps=2, **flags)
+    folder = Path(supervised.main(args)["run_dir"])
+    assert supervised.main(args)["steps"] == 2  # as it is, it goes on
+
+    def refused() -> str:
+        with pytest.raises(supervised.UserError, match="holds a run that differs in") as error:
+            supervised.main(args)
+        return str(error.value)
+
+    save(root / "masks" / "a.png", label(1, 0, 255))  # a corrected mask
+    assert "masks " in refused()
+    (folder / "last.pt").unlink()  # the best network alone is worth as much
+    assert "masks " in refused()
+    save(root / "masks" / "a.png", label(0, 1, 255))
+    (root / "classes.txt").write_text("bright light\ndark\n")
+    assert "classes ['dark', 'bright light'] -> ['bright light', 'dark']" in refused()
+
+
+def test_a_second_run_is_kept_out(quick):
+    args = quick(supervised.Args, steps=2000, num_workers=1, log_every=1)
+    process = start("supervised", args)
+    while process.is_alive() and not logged_rows(args):
+        time.sleep(0.01)
+    with pytest.raises(supervised.UserError, match="log.jsonl: another run writes here"):
+        supervised.main(args)
+    process.kill()
+    process.join()
+    # Free at once, though the killed run's loader process may live on for a while.
+    assert supervised.main(replace(args, steps=2))["steps"] == 2
+    end(process)
+
+
+def test_a_fault_in_the_last_evaluation_loses_no_training(quick, monkeypatch):
+    args = quick(supervised.Args, dataset="shapes")
+    whole = supervised.main(replace(args, exp_name="whole"))
+
+    def fault(*_):
+        raise supervised.UserError("v.png: cannot be read")
+
+    with monkeypatch.context() as patch, pytest.raises(supervised.UserError):
+        patch.setattr(supervised, "validate", fault)
+        supervised.main(args)
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "supervised_loss", lambda *_: 1 / 0)  # nothing is trained again
+        resumed = supervised.main(args)
+    assert resumed["miou"] == whole["miou"] and resumed["best_miou"] == whole["best_miou"]
+    rows = [read_log(run["run_dir"]) for run in (whole, resumed)]
+    for row in rows[0] + rows[1]:
+        row.pop("time/images_per_s")
+    assert rows[0] == rows[1]
+    for name in ("last.pt", "best.pt"):
+        assert_same(weights(whole["run_dir"], name), weights(resumed["run_dir"], name))
 
 
 def test_damaged_checkpoint_is_named(quick):
