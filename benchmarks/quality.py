@@ -6,6 +6,7 @@
     python benchmarks/quality.py ablation --workers 1     # AEL on shapes without its parts
     python benchmarks/quality.py weights --workers 1      # GCT on shapes with smaller weights
     python benchmarks/quality.py shapes --table           # results/shapes.jsonl -> README.md
+    python benchmarks/quality.py camvid --table           # results/camvid.jsonl -> docs/results.md
 
 A run that is complete is not repeated, a killed one continues. Seeds are paired: seed s of every
 script draws the same labeled images (`--split-seed s`) and the same batches.
@@ -39,7 +40,7 @@ FIRST_SEED = {"weights": 10}  # a choice is made on other seeds than those of th
 RARE = {"shapes": ("ring", "wire", "tent"), "camvid": ("bicyclist", "pedestrian", "pole")}
 RARE["ablation"] = RARE["weights"] = RARE["shapes"]
 # Pages that hold a table; the README has the others.
-PAGES = {"ablation": "docs/ael.md", "weights": "docs/gct.md"}
+PAGES = {"camvid": "docs/results.md", "ablation": "docs/ael.md", "weights": "docs/gct.md"}
 # AEL's parts: dynamic re-weighting, adaptive sampling, adaptive CutMix, adaptive Copy-Paste.
 PARTS = {
     "DR": ["--gamma", "0"], "AES": ["--no-sampling"], "ACM": ["--no-adaptive-cutmix"],

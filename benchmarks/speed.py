@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                                   # CPU, resnet14, shapes-size crops
     python benchmarks/speed.py --device cuda --backbone resnet50 --crop-size 512 --amp bf16
-    python benchmarks/speed.py --table                           # results/speed.jsonl -> README.md
+    python benchmarks/speed.py --table                           # results/speed.jsonl -> docs/results.md
 
 The floor of a script is its forwards, losses, backward, optimizer step and EMA on tensors that are
 already in memory. Blocks of the script's own loop (`main`, with its loading, logging and
@@ -415,7 +415,8 @@ def table() -> str:
 
 
 def write_table() -> None:
-    path, begin, end = ROOT / "README.md", "<!-- speed table -->", "<!-- end of speed table -->"
+    path = ROOT / "docs" / "results.md"
+    begin, end = "<!-- speed table -->", "<!-- end of speed table -->"
     before, rest = path.read_text().split(begin)
     path.write_text(f"{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}")
 
@@ -437,7 +438,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--loader", action="store_true", help="measure the CamVid loader instead")
     parser.add_argument("--out", default=None, help="append the rows to this .jsonl file")
-    parser.add_argument("--table", action="store_true", help="write the table into README.md")
+    parser.add_argument("--table", action="store_true", help="write the table into docs/results.md")
     flags = parser.parse_args()
     if flags.table:
         return write_table()
