@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -77,16 +78,18 @@ def images_under(folder: Path, twins: bool = False) -> tuple[dict[str, Path], li
             folders.clear()
             continue
         seen.add(real)
-        for file in visible(Path(place, name) for name in names):
+        inner = Path(place).relative_to(folder).as_posix()
+        for name in sorted(name for name in names if name[0] != "."):
+            file = Path(place, name)
             if file.suffix.lower() not in IMAGE_SUFFIXES:
                 others.append(file)
                 continue
-            name = normal(file.relative_to(folder).as_posix())
-            twin = images.setdefault(without_suffix(name), file)
-            if twin is not file and twins:
-                images[name] = file
-            elif twin is not file:
+            key = normal(name if inner == "." else f"{inner}/{name}")
+            twin = images.setdefault(without_suffix(key), file)
+            if twin is not file and not twins:
                 raise UserError(f"{file} and {twin} share an id; rename or remove one")
+            if twin is not file:
+                images[key] = file
     return dict(sorted(images.items())), others
 
 
@@ -322,15 +325,19 @@ def listed_ids(
                  and a mask's name begins with the id
     """
     exact = {normal(image_id): image_id for image_id in images}
-    by_name = defaultdict(list)
-    for image_id, path in images.items():
-        by_name[_parts(path)[-1]].append(image_id)
+
+    @cache
+    def by_name() -> dict[str, list[str]]:
+        found = defaultdict(list)
+        for image_id, path in images.items():
+            found[_parts(path)[-1]].append(image_id)
+        return found
 
     def find(words: str) -> str | None:
         parts = _parts(words.strip(" \t\"'").replace("\\", "/"))
         if "/".join(parts) in exact:
             return exact["/".join(parts)]
-        for image_id in by_name.get(parts[-1], ()) if parts else ():
+        for image_id in by_name().get(parts[-1], ()) if parts else ():
             whole = len(parts) > image_id.count("/") and _ends_with(images[image_id], parts)
             if whole or not mask_of:
                 return image_id
