@@ -199,13 +199,14 @@ class SegmentationData:
                 found.update(part if isinstance(part, bytes) else os.fsencode(f"{part}\n"))
             return found.hexdigest()[:16]
 
-        masks = (self.label_path(i).read_bytes() for i in (*split.labeled, *self.val_ids))
-        used = sorted({*split.labeled, *split.unlabeled, *self.val_ids})
+        validation = sorted(self.val_ids)
+        masks = (self.label_path(i).read_bytes() for i in (*split.labeled, *validation))
+        used = sorted({*split.labeled, *split.unlabeled, *validation})
         return {
             "classes": list(self.classes),
             "labeled images": digest(split.labeled),
             "unlabeled images": digest(split.unlabeled),
-            "validation images": digest(self.val_ids),
+            "validation images": digest(validation),
             "masks": digest(masks),
             "sizes of the image files": digest(self.image_path(i).stat().st_size for i in used),
         }
