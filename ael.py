@@ -136,9 +136,9 @@ PAPER = {
             args.split.split(":")[-1], 46_320
         ),
         optimizer="sgd", lr=0.00125, head_lr_mult=10.0, momentum=0.9, weight_decay=8e-4,
-        supervised_loss="ce",
-        lambda_u=1.0, ramp_up=0.0, ema_decay=0.99, bank_momentum=0.999, confidence_threshold=0.7,
-        paste_draws=1, paste_exclude=(0,), min_region=0.03, min_presence=0.03,
+        supervised_loss="ce", lambda_u=1.0, ramp_up=0.0, ema_decay=0.99, bank_momentum=0.999,
+        confidence_threshold=0.7, paste_draws=1, paste_exclude=(0,),
+        min_region=0.03, min_presence=0.03,
     ),
     "cityscapes": dict(
         split="1/8", backbone="resnet101", weights="imagenet", batch_size=16, crop_size=769,
@@ -146,16 +146,16 @@ PAPER = {
             args.split.split(":")[-1], 32_600
         ),
         optimizer="sgd", lr=0.00125, head_lr_mult=10.0, momentum=0.9, weight_decay=8e-4,
-        supervised_loss="ohem",
-        lambda_u=1.0, ramp_up=0.0, ema_decay=0.99, bank_momentum=0.999, confidence_threshold=0.0,
-        paste_draws=3, paste_exclude=(0, 1, 2, 8, 10), min_region=0.005, min_presence=0.01,
+        supervised_loss="ohem", lambda_u=1.0, ramp_up=0.0, ema_decay=0.99, bank_momentum=0.999,
+        confidence_threshold=0.0, paste_draws=3, paste_exclude=(0, 1, 2, 8, 10),
+        min_region=0.005, min_presence=0.01,
     ),
     "camvid": dict(
         split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160, steps=1_000,
         optimizer="adamw", lr=1e-3, head_lr_mult=1.0, momentum=0.9, weight_decay=1e-4,
-        supervised_loss="ce",
-        lambda_u=1.0, ramp_up=0.4, ema_decay=0.9, bank_momentum=0.99, confidence_threshold=0.0,
-        paste_draws=3, paste_exclude=(0, 1, 3, 4, 5), min_region=0.005, min_presence=0.01,
+        supervised_loss="ce", lambda_u=1.0, ramp_up=0.4, ema_decay=0.9, bank_momentum=0.99,
+        confidence_threshold=0.0, paste_draws=3, paste_exclude=(0, 1, 3, 4, 5),
+        min_region=0.005, min_presence=0.01,
     ),
 }  # fmt: skip
 PAPER["shapes"] = PAPER["camvid"] | dict(
@@ -425,15 +425,13 @@ class Bank(nn.Module):
         self.confidence = nn.Buffer(torch.zeros(num_classes, device=device))
         self.contains = nn.Buffer(torch.zeros(num_unlabeled, num_classes, dtype=torch.bool))
         self.pasted_classes = nn.Buffer(torch.zeros(AHEAD, num_classes, dtype=torch.bool))
-        chosen = torch.zeros(AHEAD, args.batch_size, dtype=torch.long)
-        self.pasted_image, self.source_class = nn.Buffer(chosen.clone()), nn.Buffer(chosen.clone())
-        self.source_image = nn.Buffer(chosen)
-        seen = torch.zeros(
-            2 * args.batch_size, num_classes, dtype=torch.bool, pin_memory=self.on_gpu
+        self.pasted_image, self.source_class, self.source_image = (
+            nn.Buffer(torch.zeros(AHEAD, args.batch_size, dtype=torch.long)) for _ in range(3)
         )
+        size = (2 * args.batch_size, num_classes)
         self.last_confidence = nn.Buffer(torch.zeros(num_classes, pin_memory=self.on_gpu))
         self.last_images = nn.Buffer(torch.zeros(2 * args.batch_size, dtype=torch.long))
-        self.last_seen = nn.Buffer(seen)
+        self.last_seen = nn.Buffer(torch.zeros(size, dtype=torch.bool, pin_memory=self.on_gpu))
         for step in range(AHEAD):
             self.choose(step)
 
@@ -446,7 +444,8 @@ class Bank(nn.Module):
         )
         classes = draw_classes(cutmix_probability(confidence), source)
         self.source_class[row] = classes
-        self.source_image[row] = draw_images(self.contains & args.adaptive_cutmix, classes, where)
+        contains = self.contains & args.adaptive_cutmix  # none: any image
+        self.source_image[row] = draw_images(contains, classes, where)
         if args.copy_paste:
             draw = torch.rand(args.paste_draws, generator=generator, dtype=torch.float64)
             drawn = draw_classes(paste_probability(confidence, self.pasteable), draw).unique()
@@ -454,7 +453,7 @@ class Bank(nn.Module):
             self.pasted_classes[row] = False
             self.pasted_classes[row, classes] = True
             # DIFFERS (ael.md 9): an image that contains one of the classes, not any image.
-            contains = self.labeled_classes & (not args.paste_any)
+            contains = self.labeled_classes & (not args.paste_any)  # none: any image
             image = draw_images(contains, classes[(want * len(classes)).long()], which)
             self.pasted_image[row] = image.where(coin < 0.5, -1)
 
@@ -591,7 +590,6 @@ def main(args: Args) -> dict:
     optimizer = make_optimizer([student], args, device)
     saved = {"student": student, "teacher": teacher, "bank": bank}
     evaluated = args.evaluate
-    threshold = args.confidence_threshold
 
     # === resume (copied) ===
     saved |= {"optimizer": optimizer, "scaler": scaler}
@@ -614,53 +612,52 @@ def main(args: Args) -> dict:
 
             # === loss ===
             image_u, label_u = next(batches_u)
-            image_v, label_v = next(batches_v)
-            n, size, row = len(image_u), args.crop_size, step % AHEAD
+            image_v, label_v = next(batches_v)  # what is cut out, chosen by the bank
+            n, size, row = len(image_l), args.crop_size, step % AHEAD
+            threshold = args.confidence_threshold
             first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
-            here = slice(first, first + n)
             generator = step_generator(args.seed, "boxes", step)
             boxes = box_masks(args.batch_size, size, size, generator)
-            which = torch.rand(args.batch_size, generator=generator)
+            draw = torch.rand(args.batch_size, generator=generator)
             # DIFFERS (ael.md 13): one map for all images and classes, not one per class.
             uniform = to_device(torch.rand(2, 1, size, size, generator=generator), device)
-            mix_mask, which, source_class = (
-                to_device(of_batch[here], device)
-                for of_batch in (boxes, which, bank.source_class[row])
+            mix_mask, draw, source_class = (
+                to_device(of_batch[first : first + n], device)
+                for of_batch in (boxes, draw, bank.source_class[row])
             )
+            if micro == 0:  # sums over the step's micro-batches
+                sums, seen = 0, torch.zeros(2, args.batch_size, len(data.classes), device=device)
             if args.copy_paste:
                 image_p, label_p = next(batches_p)
                 classes = bank.pasted_classes[row].nonzero().flatten().tolist()
                 image_l, label_l = copy_paste(image_l, label_l, image_p, label_p, classes)
-            if micro == 0:
-                sums, seen = 0, torch.zeros(2, args.batch_size, len(data.classes), device=device)
+
             with torch.no_grad(), autocast:
                 if args.labeled_consistency:
                     confidence_l, pseudo_label_l = pseudo_labels(teacher(image_l), threshold)
                 confidence, pseudo_label = pseudo_labels(teacher(torch.cat([image_u, image_v])))
                 present = presence(pseudo_label, len(data.classes), args.min_presence)
-                seen[:, here] = present.view(2, n, -1).to(seen.dtype)
-                _, pseudo_v = pair = pseudo_label.chunk(2)
+                seen[:, first : first + n] = present.view(2, n, -1)
+                pseudo_u, pseudo_v = pseudo_label.chunk(2)
                 if args.adaptive_cutmix:
-                    mix_mask = region_masks(
-                        pseudo_v, source_class, which, args.min_region, mix_mask
-                    )
+                    mix_mask = region_masks(pseudo_v, source_class, draw, args.min_region, mix_mask)
+                image_u = paste(image_u, image_v, mix_mask)
+                label_u = paste(label_u, label_v, mix_mask)
                 # Labels and confidences mixed are the argmax and maximum of mixed logits.
-                pairs = (image_u, image_v), (label_u, label_v), pair, confidence.chunk(2)
-                image_u, label_u, pseudo_label, confidence = (
-                    paste(a, b, mix_mask) for a, b in pairs
-                )
+                pseudo_label = paste(pseudo_u, pseudo_v, mix_mask)
+                confidence = paste(*confidence.chunk(2), mix_mask)
                 pseudo_label = pseudo_label.where(confidence >= threshold, IGNORE)
             with autocast:
                 logits_l, logits_u = ddp(image_l), ddp(image_u)
             loss_sup = supervised_loss(logits_l, label_l, args.supervised_loss)
-            new = torch.stack([x.to(seen.dtype) for x in confidence_sums(logits_l, label_l)])
+
             # DIFFERS (ael.md 6): over all processes, so that they have one bank.
-            sums = sums + world_size * over_processes(new, world_size)
-            running = update_confidence(
-                bank.confidence, *sums, args.bank_momentum, args.bank_absent
-            )
+            new = over_processes(torch.stack(confidence_sums(logits_l, label_l)), world_size)
+            sums = sums + world_size * new
+            momentum, absent = args.bank_momentum, args.bank_absent
+            running = update_confidence(bank.confidence, *sums, momentum, absent)
             rate = sampling_rate(running)
-            if not args.sampling:
+            if not args.sampling:  # every pixel
                 rate, uniform = torch.ones_like(rate), torch.ones_like(uniform)
             loss_cons = consistency_loss(
                 logits_u, pseudo_label, confidence, rate, uniform[0], args.gamma, world_size
@@ -673,12 +670,12 @@ def main(args: Args) -> dict:
             loss = loss_sup + weight * loss_cons
 
             logs = {"loss/sup": loss_sup, "loss/cons": loss_cons}
-            logs |= {"pseudo/confidence": confidence.mean(), "pseudo/rate": rate.mean()}
-            logs |= {"pseudo/box": mix_mask.mean()}
+            logs |= {"pseudo/confidence": confidence.mean(), "pseudo/box": mix_mask.mean()}
+            logs["pseudo/rate"] = rate.mean()
             logs |= {f"pseudo/bank/{c}": a for c, a in zip(data.classes, running, strict=True)}
             if args.log_pseudo_accuracy:
-                labeled = label_u.where(pseudo_label != IGNORE, IGNORE)
-                logs["pseudo/accuracy"] = pixel_accuracy(pseudo_label, labeled)
+                label_u = label_u.where(pseudo_label != IGNORE, IGNORE)
+                logs["pseudo/accuracy"] = pixel_accuracy(pseudo_label, label_u)
             pictures = {
                 "labeled": ([image_l], [label_l, logits_l]),
                 "unlabeled": ([image_u], [pseudo_label, confidence, logits_u]),
@@ -956,8 +953,8 @@ def make_chosen_batches(args, data, ids, stream, place, chosen, scales, labels="
 
 def classes_of(args, data, ids, rank: int) -> torch.Tensor:
     """Whether an image has a pixel of each class, bool (N, C); decodes every label."""
-    images, generator = Validation(data, ids), torch.Generator()
-    loader = DataLoader(images, batch_size=None, num_workers=args.num_workers, generator=generator)
+    images, workers = Validation(data, ids), args.num_workers
+    loader = DataLoader(images, None, num_workers=workers, generator=torch.Generator())
     silent = True if rank else None
     counts = [
         label.flatten().long().bincount(minlength=256)
