@@ -613,7 +613,7 @@ def main(args: Args) -> dict:
             # === loss ===
             image_u, label_u = next(batches_u)
             image_v, label_v = next(batches_v)  # what is cut out, chosen by the bank
-            n, size, row = len(image_l), args.crop_size, step % AHEAD
+            n, size, row = len(image_u), args.crop_size, step % AHEAD
             threshold = args.confidence_threshold
             first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
             generator = step_generator(args.seed, "boxes", step)
@@ -954,7 +954,7 @@ def make_chosen_batches(args, data, ids, stream, place, chosen, scales, labels="
 def classes_of(args, data, ids, rank: int) -> torch.Tensor:
     """Whether an image has a pixel of each class, bool (N, C); decodes every label."""
     images, workers = Validation(data, ids), args.num_workers
-    loader = DataLoader(images, None, num_workers=workers, generator=torch.Generator())
+    loader = DataLoader(images, batch_size=None, num_workers=workers, generator=torch.Generator())
     silent = True if rank else None
     counts = [
         label.flatten().long().bincount(minlength=256)
