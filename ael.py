@@ -612,7 +612,7 @@ def main(args: Args) -> dict:
 
             # === loss ===
             image_u, label_u = next(batches_u)
-            image_v, label_v = next(batches_v)  # what is cut out, chosen by the bank
+            image_v, label_v = next(batches_v)  # the sources of CutMix, chosen by the bank
             n, size, row = len(image_u), args.crop_size, step % AHEAD
             threshold = args.confidence_threshold
             first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
@@ -643,7 +643,7 @@ def main(args: Args) -> dict:
                     mix_mask = region_masks(pseudo_v, source_class, draw, args.min_region, mix_mask)
                 image_u = paste(image_u, image_v, mix_mask)
                 label_u = paste(label_u, label_v, mix_mask)
-                # Labels and confidences mixed are the argmax and maximum of mixed logits.
+                # Labels and confidences mixed are the argmax and maximum of mixed softmaxes.
                 pseudo_label = paste(pseudo_u, pseudo_v, mix_mask)
                 confidence = paste(*confidence.chunk(2), mix_mask)
                 pseudo_label = pseudo_label.where(confidence >= threshold, IGNORE)
