@@ -27,7 +27,6 @@ from classmix import (
     ema_decay,
     half_of_classes,
     main,
-    mask_of,
     paste,
     poly_lr,
     strong_view,
@@ -80,7 +79,7 @@ def test_masks_by_hand():
     assert mask[:, 0].tolist() == [[[1, 0, 0], [1, 1, 1]], [[0, 0, 0], [0, 0, 0]]]
     # Three classes give one, a single one none; the lowest draw wins.
     draw = torch.tensor([[0.9, 0.2, 0.5, 0.0], [0.1, 0.2, 0.3, 0.4]])
-    assert half_of_classes(label, draw).tolist() == [[False, True, False, False], [False] * 4]
+    assert half_of_classes(label, draw).tolist() == [[IGNORE, 1, IGNORE, IGNORE], [IGNORE] * 4]
 
 
 def test_choice_is_half_of_the_classes_and_uniform():
@@ -176,7 +175,6 @@ def test_main_takes_the_authors_steps(path, quick, monkeypatch):
     student = TinyNet(golden.part("full_student_init/"))
     teacher = TinyNet(golden.part("full_teacher_init/")).requires_grad_(False)
     streams, chosen, pseudo_labels = {"labeled": [], "unlabeled": []}, [], []
-    classes = len(golden["full_student_init/cls.bias"])
     for t in range(2):
         at = f"full_step{t}_"
         label = labels(golden, at + "labels_l")
@@ -184,10 +182,7 @@ def test_main_takes_the_authors_steps(path, quick, monkeypatch):
         streams["unlabeled"].append(
             (golden.tensor(at + "images_u"), torch.full_like(label, UNKNOWN))
         )
-        table = torch.zeros(len(label), classes, dtype=torch.bool)
-        for row, ids in zip(table, sets(golden[at + "chosen_classes"]), strict=True):
-            row[ids] = True
-        chosen.append(table)
+        chosen.append(sets(golden[at + "chosen_classes"]))
     monkeypatch.setattr(classmix, "half_of_classes", lambda *_: chosen.pop(0))
 
     def remember(logits, pseudo_label, *rest, **weight):
@@ -276,11 +271,15 @@ def test_unlabeled_labels_are_never_read(quick, monkeypatch):
     assert_unlabeled_labels_are_not_read(classmix, make, monkeypatch)
 
 
-def test_mask_of_is_class_mask():
+def test_classes_that_are_not_chosen_are_not_pasted():
+    """A row of `half_of_classes` gives the mask of its ids alone, also where a label is ignored."""
     label = torch.randint(6, (3, 8, 9), generator=torch.Generator().manual_seed(0))
-    chosen = half_of_classes(label, torch.rand(3, 6))
-    lists = [row.nonzero().flatten() for row in chosen]
-    assert torch.equal(mask_of(chosen, label), class_mask(label, lists))
+    rows = half_of_classes(label, torch.rand(3, 6))
+    assert ((rows == IGNORE).sum(1) == 3).all()
+    label[:, 0] = IGNORE
+    mask = class_mask(label, rows)
+    assert torch.equal(mask, class_mask(label, [row[row != IGNORE] for row in rows]))
+    assert mask.any() and not mask[:, :, 0].any()
 
 
 @pytest.mark.parametrize("flags", [
