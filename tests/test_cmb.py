@@ -415,7 +415,7 @@ def test_bank_keeps_the_highest_or_lowest_and_forgets_the_oldest():
     bank.add(features[:4] + 1, torch.tensor([0, 0, 0, 2]), selectors, 5)
     assert torch.equal(bank.vectors[0], torch.cat([features[:3] + 1, before[0][:4]]))
     assert torch.equal(bank.vectors[1], before[1])
-    with pytest.raises(ValueError, match="highest or lowest"):
+    with pytest.raises(KeyError, match="best"):
         bank.add(features, labels, selectors, 5, "best")
     assert not any(rows.requires_grad for rows in bank.vectors)
 
@@ -544,7 +544,14 @@ def test_classmix_is_the_authors(path, monkeypatch):
         chosen[(i - 1) % 3, golden.tensor(f"aug/mix_classes_{i}")] = True  # of the next image
     with monkeypatch.context() as patch:
         patch.setattr(cmb, "classes_to_paste", lambda *_: chosen)
-        mixed = classmix(torch.rand(3, 7), False, image, label, prob)
+        # The last image's partner is the first one, or the one more that is given.
+        more = [torch.cat([each, each[:1]]) for each in (image, label, prob)]
+        mixed, same = (
+            classmix(maps, "abcdef", 1.0, (3, 0, 3), torch.Generator())
+            for maps in ([image, label, prob], more)
+        )
+    for ours, theirs in zip(mixed, same, strict=True):
+        assert torch.equal(ours, theirs)
     for name, value in zip(("images", "labels", "probs"), mixed, strict=True):
         assert torch.equal(value, golden.tensor(f"aug/mix_{name}")), name
     for candidates, count in zip(
@@ -600,7 +607,7 @@ def test_strong_view_keeps_images_labels_and_confidences_together(monkeypatch):
     changes = 0
     for seed in range(12):
         draw = [torch.Generator().manual_seed(seed) for _ in range(3)]
-        views = strong_augmentation(image * 0.1, label, confidence, 4, 0, "isotropic", draw[0])
+        views = strong_augmentation(image * 0.1, label, confidence, "isotropic", (4, 0, 4), draw[0])
         inside = views[1] != 255
         found = (views[2][inside] - 0.1) * 10
         assert ((found - views[1][inside]).abs() < 0.6).float().mean() > 0.95
@@ -608,9 +615,8 @@ def test_strong_view_keeps_images_labels_and_confidences_together(monkeypatch):
         changes += not torch.equal(views[1], label)
         for first, generator in zip((0, 2), draw[1:], strict=True):
             part = slice(first, first + 2)
-            half = strong_augmentation(
-                image[part] * 0.1, label[part], confidence[part], 4, first, "isotropic", generator
-            )
+            maps = image[part] * 0.1, label[part], confidence[part]
+            half = strong_augmentation(*maps, "isotropic", (4, first, 2), generator)
             for whole, own in zip(views, half, strict=True):
                 torch.testing.assert_close(whole[part], own)
     assert changes >= 10
