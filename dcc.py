@@ -103,12 +103,12 @@ class Args:
     save_every: Count = 500  # steps between checkpoints
 
     # === flags of the method ===
-    head_lr_mult: Amount | None = None  # again: here PAPER has it
-    pair_scale: Annotated[tuple[float, float], 0.01, 8] | None = None  # scale of an image, from, to
+    head_lr_mult: Amount | None = None  # again: PAPER has one here
+    pair_scale: Annotated[tuple[float, float], 0.01, 8] | None = None  # least and greatest scale
     min_overlap: Share = 0.1  # of the two crops, intersection over union; 1: one crop, seen twice
     temperature: Annotated[float, 0.001, math.inf] = 0.1  # of the contrastive loss
     confidence_threshold: Share = 0.75  # above it a place is the other crop's positive
-    directional: bool = True  # the less sure crop learns from the surer one; no: both ways
+    directional: bool = True  # the less sure crop learns from the surer; else each from the other
     bank_steps: Count | None = None  # steps whose places are the negatives, this one included
     negatives: Count | None = None  # places of each crop that become negatives
     epsilon: Amount = 0.0  # added to the loss's ratio and inside its logarithm; 1e-8: as released
@@ -121,7 +121,7 @@ class Args:
 # === paper ===
 # Sources: CAC 4fdec7a; camvid and shapes are ours. An entry that depends on other flags is a
 # function of them.
-# DIFFERS (dcc.md 7): pair_scale is a factor of the image's size.
+# DIFFERS (dcc.md 7): scales of the pair are factors of the image's size.
 # DIFFERS (dcc.md 8): the supervised loss of the other scripts on Cityscapes, and their weak view.
 # DIFFERS (dcc.md 9): camvid and shapes ramp the contrast in, since their networks start from
 # scratch.
@@ -226,8 +226,9 @@ def contrast(
     # DIFFERS (dcc.md 2): an exact log-sum-exp; the release's 1e-8 weakens the hardest anchors.
     if epsilon == 0:
         return F.softplus(others - s)
-    # AUTHORS: exponentials are scaled by the greatest similarity to the positive and to the first
-    # 8,000 negatives, of equal labels too. Those are others here, where the order is another.
+    # As released, exponentials are relative to the greatest similarity among the positive and the
+    # first 8,000 negatives, whatever their labels.
+    # DIFFERS (dcc.md 2): these are others than the release's, whose bank has another order.
     with torch.no_grad():
         top = s
         for part in negatives[:RELEASED_ROWS].split(CHUNK) if len(negatives) else ():
@@ -310,7 +311,7 @@ class ContrastiveNetwork(nn.Module):
     def forward(self, image_l: torch.Tensor, crop_1: torch.Tensor, crop_2: torch.Tensor):
         """Logits (B, C, H, W) of labeled images, and what `embed` says of both crops, (2, B, ...).
 
-        One after the other, since BatchNorm has statistics for each.
+        Each passes alone, so that BatchNorm has statistics of its own for it.
         """
         logits_l = self.network(image_l)
         crops = zip(self.embed(crop_1), self.embed(crop_2), strict=True)
