@@ -667,17 +667,17 @@ def main(args: Args) -> dict:
             chosen = chosen[:, first : first + n] + side**2 * torch.arange(2 * n).view(2, n, 1)
             chosen = chosen.flatten(1).to(device, non_blocking=True)
             with autocast:
-                logits_l, *of_crops = ddp(image_l, *crops)
-            embedding, pseudo_label, confidence = of_crops
+                logits_l, *maps = ddp(image_l, *crops)
+            embedding, pseudo_label, confidence = maps  # of both crops
             loss_sup = supervised_loss(logits_l, label_l, args.supervised_loss)
             # Negatives are places of whole crops, padding included.
             # DIFFERS (dcc.md 4): they enter the bank before the loss sets in, too.
-            new = [take(each, chosen) for each in (embedding.detach(), pseudo_label)]
-            bank.add(*(gather_crops(each, world_size) for each in new))
-            of_overlap = [take(each, overlap) for each in of_crops]
-            sums, active = both_directions(*of_overlap, bank.embeddings, bank.labels, args)
-            label = of_overlap[1]
-            same = label[:1] == label[1:]
+            negatives = [take(each, chosen) for each in (embedding.detach(), pseudo_label)]
+            bank.add(*(gather_crops(each, world_size) for each in negatives))
+            # Anchors and their positives are places of the overlap.
+            pairs = [take(each, overlap) for each in maps]
+            sums, active = both_directions(*pairs, bank.embeddings, bank.labels, args)
+            same = pairs[1][:1] == pairs[1][1:]  # pseudo-labels
             counts = torch.cat([active, same, torch.ones_like(same)]).sum(1).to(sums)  # (4,)
             # DIFFERS (dcc.md 1): mean over the active places, as released; the paper's is of all.
             # DIFFERS (dcc.md 3): of all processes, not of each.
@@ -695,8 +695,8 @@ def main(args: Args) -> dict:
             logs["pseudo/agreement"] = num_same / num_places
             if args.log_pseudo_accuracy:
                 logs["pseudo/accuracy"] = pixel_accuracy(pseudo_label, label_u)
-            maps = [each[crop] for crop in (0, 1) for each in (pseudo_label, confidence)]
-            pictures = {"labeled": ([image_l], [label_l, logits_l]), "unlabeled": (crops, maps)}
+            shown = [each[crop] for crop in (0, 1) for each in (pseudo_label, confidence)]
+            pictures = {"labeled": ([image_l], [label_l, logits_l]), "unlabeled": (crops, shown)}
 
             # === backward (copied) ===
             scaler.scale(loss / args.accumulate).backward()
