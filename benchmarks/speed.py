@@ -229,9 +229,9 @@ def cmb_floor(f: Floor):
 def dcc_floor(f: Floor):
     """Without the crops' color changes; the bank is full, the overlap is the average one."""
     net = f.network()
-    projector = f.script.make_projector(net.classifier.in_channels)
-    network = f.script.TwoCropNetwork(net, projector)
-    network, _ = f.script.prepare(network, f.args, 1, f.device)
+    projector = f.script.make_projector(f.args, net.classifier.in_channels)
+    network = f.script.ContrastiveNetwork(net, projector)
+    network = f.script.prepare(network, f.args, 1, f.device)
     optimizer = f.optimizer(net, projector)
     labeled, crops, label = f.image(), [f.image(), f.image()], f.label()
     size, generator, shared = f.args.crop_size, torch.Generator().manual_seed(0), 0
@@ -241,23 +241,21 @@ def dcc_floor(f: Floor):
         sides = [round(scale * side) for side in (360, 480)]
         top, left, bottom, right = f.script.overlapping_crops(*sides, size, generator)[2]
         shared += (bottom - top) * (right - left) // 64 / 300
-    overlap = torch.randperm(len(label) * (size // 8) ** 2)[: round(len(label) * shared)]
-    overlap = overlap.to(f.device)
-    dim, places = f.script.EMBEDDING, 2 * len(label) * f.args.negatives
-    bank = f.script.NegativeBank(f.args.bank_steps * places, dim, f.device)
-    vectors = torch.nn.functional.normalize(torch.randn(bank.capacity, dim, device=f.device))
-    bank.add(vectors, torch.randint(f.classes, (bank.capacity,), device=f.device))
+    places = len(label) * (size // 8) ** 2
+    overlap = torch.randperm(places)[: round(len(label) * shared)]
+    overlap = torch.stack([overlap, places + overlap]).to(f.device)  # of both crops
+    bank = f.script.NegativeBank(f.args.bank_steps * 2 * len(label) * f.args.negatives, f.device)
+    vectors = torch.randn(bank.capacity, f.script.EMBEDDING, device=f.device)
+    labels = torch.randint(f.classes, (bank.capacity,), device=f.device)
+    bank.add(torch.nn.functional.normalize(vectors), labels)
 
     def step():
         with f.autocast:
-            logits = network(labeled)
-            views = [network(crop, True) for crop in crops]
-        views = [[each.flatten(0, 2) for each in view] for view in views]
-        with torch.no_grad():
-            bank.add(*(torch.cat(pair) for pair in zip(*(v[:2] for v in views), strict=True)))
-        views = [[each.index_select(0, overlap) for each in view] for view in views]
-        sums, active = f.script.both_directions(*views, bank.vectors, bank.labels, f.args)
-        loss = (sums / active.clamp(min=1)).sum()
+            logits, *maps = network(labeled, *crops)
+        bank.add(*(each.detach().flatten(0, 3) for each in maps[:2]))
+        maps = [f.script.take(each, overlap) for each in maps]
+        sums, active = f.script.both_directions(*maps, bank.embeddings, bank.labels, f.args)
+        loss = (sums / active.sum(1).clamp(min=1)).sum()
         f.update(f.script.cross_entropy(logits, label) + 0.1 * loss, optimizer)
 
     return step

@@ -39,6 +39,7 @@ from dcc import (
     main,
     overlap_places,
     overlapping_crops,
+    take,
 )
 
 GOLDENS = golden_files("dcc_seed*.npz")
@@ -137,18 +138,19 @@ def test_nothing_to_learn_is_zero_with_zero_gradient(case, epsilon):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-8])
-def test_gradients_are_right(epsilon):
+def test_gradients_are_right(epsilon, monkeypatch):
+    monkeypatch.setattr(dcc, "CHUNK", 4)
     anchor, positive, label, negatives, negative_labels = problem(5, 11, 4, classes=3)
     negative_labels[:] = torch.where(negative_labels == 0, 1, negative_labels)
     label[0], label[1] = 0, 1
     anchor = (1.1 * anchor).requires_grad_()  # not of length 1 either
     assert torch.autograd.gradcheck(
-        lambda a: contrast(a, positive, label, negatives, negative_labels, 0.3, epsilon, 4), anchor
+        lambda a: contrast(a, positive, label, negatives, negative_labels, 0.3, epsilon), anchor
     )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_any_chunk_gives_the_plain_formula(dtype, tolerance):
+def test_any_chunk_gives_the_plain_formula(dtype, tolerance, monkeypatch):
     args = problem(33, 301, 128, dtype=dtype)
     args[0].requires_grad_()
     expected = plain(*(t.detach().double() if t.is_floating_point() else t for t in args))
@@ -157,7 +159,8 @@ def test_any_chunk_gives_the_plain_formula(dtype, tolerance):
         plain(exact, args[1].double(), args[2], args[3].double(), args[4]).sum(), exact
     )
     for chunk in (1, 7, 300, 301, 4096):
-        loss = contrast(*args, 0.1, chunk=chunk)
+        monkeypatch.setattr(dcc, "CHUNK", chunk)
+        loss = contrast(*args, 0.1)
         assert loss.dtype == dtype
         torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
         (found,) = torch.autograd.grad(loss.sum(), args[0])
@@ -235,18 +238,18 @@ def test_memory_is_a_tenth_of_the_plain_formula():
 
 
 def test_one_pass_serves_both_directions():
-    vectors = [unit(60, 6, seed=s).requires_grad_() for s in (1, 2)]
+    vectors = torch.stack([unit(60, 6, seed=s) for s in (1, 2)]).requires_grad_()
     draw = torch.Generator().manual_seed(3)
     labels = torch.randint(3, (2, 60), generator=draw)
     confidences = torch.rand(2, 60, generator=draw, dtype=torch.float64)
     bank = unit(80, 6, seed=4), torch.randint(3, (80,), generator=draw)
-    views = [*zip(vectors, labels, confidences, strict=True)]
     for directional in (True, False):
         args = replace(Args(), confidence_threshold=0.6, directional=directional)
-        sums, counts = both_directions(*views, *bank, args)
-        total, expected = (sums / counts).sum(), 0
+        sums, active = both_directions(vectors, labels, confidences, *bank, args)
+        total, expected = (sums / active.sum(1)).sum(), 0
         for own, other in ((0, 1), (1, 0)):
             confident = confidences[own], confidences[other]
+            assert torch.equal(active[own], active_anchors(*confident, 0.6, directional))
             pair = (vectors[own], vectors[other], labels[own])
             if directional:
                 loss = directional_contrastive_loss(*pair, *confident, *bank, threshold=0.6)
@@ -254,10 +257,8 @@ def test_one_pass_serves_both_directions():
                 loss = contrast(*pair, *bank, 0.1)[confident[1] > 0.6].mean()
             expected = expected + loss
         assert total.item() == pytest.approx(expected.item(), rel=1e-12)
-        for found, right in zip(
-            torch.autograd.grad(total, vectors), torch.autograd.grad(expected, vectors), strict=True
-        ):
-            torch.testing.assert_close(found, right)
+        (found,), (right,) = (torch.autograd.grad(each, vectors) for each in (total, expected))
+        torch.testing.assert_close(found, right)
 
 
 # --- the authors' numbers
@@ -287,7 +288,8 @@ def test_losses_and_masks_are_the_authors(path, monkeypatch):
             if f"chunk7/loss{own}" in out:
                 with monkeypatch.context() as patch:
                     patch.setattr(dcc, "RELEASED_ROWS", 7)
-                    released = directional_contrastive_loss(*args, epsilon=1e-8, chunk=7)
+                    patch.setattr(dcc, "CHUNK", 7)
+                    released = directional_contrastive_loss(*args, epsilon=1e-8)
                 torch.testing.assert_close(released, out[f"chunk7/loss{own}"], **VALUES)
 
 
@@ -336,7 +338,7 @@ def test_main_takes_the_authors_steps(path, group, epsilon, quick, monkeypatch):
     conf = {k.removeprefix("conf/"): golden[k].item() for k in golden if k.startswith("conf/")}
     if group != "steps":
         conf |= {"world": 1, "selected_num": 72, "step_save": 0, "downsample": 0}
-    net, rows, gradients, banks, now = GoldenNet(), [], [], [], {}
+    net, rows, gradients, now = GoldenNet(), [], [], {}
     net.classifier = lambda features: now[f"logits{net.seen}"]
     net.classifier.in_channels = 8
 
@@ -344,8 +346,6 @@ def test_main_takes_the_authors_steps(path, group, epsilon, quick, monkeypatch):
         for name in [*names, None]:
             if now:  # the step before is complete
                 gradients.append({k: v.grad for k, v in net.inputs.items()})
-                banks.append(banks.pop().vectors if banks and group == "steps" else None)
-                banks.append(bank[0])
             if name is None:
                 raise RecordedError
             now.clear()
@@ -361,8 +361,8 @@ def test_main_takes_the_authors_steps(path, group, epsilon, quick, monkeypatch):
         while True:
             images = [torch.full((2, 3, 48, 48), float(view)) for view in (1, 2)]
             corners = [torch.cat([now[f"ul{v}_yx"], now[f"br{v}_yx"]], 1) for v in "12"]
-            label = torch.full((2, 48, 48), 254)
-            yield images, [label, label], torch.stack(corners, 1), now["flip_v1_v2"].bool()
+            overlap = overlap_places(torch.stack(corners, 1), now["flip_v1_v2"].bool(), 6)
+            yield images, torch.full((2, 2, 6, 6), 254), overlap
 
     def gathered(value, world_size):
         parts = [value.flatten(0, 1)]
@@ -380,16 +380,16 @@ def test_main_takes_the_authors_steps(path, group, epsilon, quick, monkeypatch):
             super().__init__(*args)
             bank.append(self)
 
-    monkeypatch.setattr(dcc, "make_network", lambda *_: (net, net))
-    monkeypatch.setattr(dcc, "make_projector", lambda _: nn.Identity())
+    monkeypatch.setattr(dcc, "make_network", lambda *_: net)
+    monkeypatch.setattr(dcc, "make_projector", lambda *_: nn.Identity())
     monkeypatch.setattr(dcc, "NegativeBank", Bank)
     monkeypatch.setattr(dcc, "EMBEDDING", 8)
     monkeypatch.setattr(dcc, "make_batches", labeled)
     monkeypatch.setattr(dcc, "make_pairs", pairs)
     monkeypatch.setattr(dcc, "change_colors", lambda image, *_: image)
     monkeypatch.setattr(dcc, "draw_places", places)
-    monkeypatch.setattr(dcc, "gather_views", gathered)
-    monkeypatch.setattr(dcc.Run, "log", lambda self, step, row: rows.append(row))
+    monkeypatch.setattr(dcc, "gather_crops", gathered)
+    monkeypatch.setattr(dcc.Run, "log", lambda self, step, row, pictures: rows.append(row))
     each = conf["selected_num"] // 2
     args = quick(
         Args, batch_size=2, crop_size=48, steps=50, log_every=1, eval_every=10**6, epsilon=epsilon,
@@ -423,7 +423,7 @@ def test_main_takes_the_authors_steps(path, group, epsilon, quick, monkeypatch):
                 assert found.abs().max() == 0
     if group == "steps":
         last = golden.part(f"{names[-1]}/out/")
-        torch.testing.assert_close(bank[0].vectors, last["neg_feats"], **VALUES)
+        torch.testing.assert_close(bank[0].embeddings, last["neg_feats"], **VALUES)
         assert torch.equal(bank[0].labels, last["neg_labels"])
 
 
@@ -527,7 +527,7 @@ def test_both_crops_show_the_same_at_the_same_place(size, scale):
         maps = [image[v][None, 0, ::8, ::8] if not flip[v] else image[v][None, 0, ::8, 7::8]
                 for v in range(2)]  # fmt: skip
         index = overlap_places(rectangle[None], flip[None], 8)
-        values = [m.flatten()[i] for m, i in zip(maps, index, strict=True)]
+        values = take(torch.stack(maps), index)
         assert len(index[0]) == cut[0][0][0, ::8, ::8].numel()
         assert torch.equal(values[0], values[1])
         if scale == (1.0, 1.0):  # and they are the image's own pixels
@@ -556,8 +556,48 @@ def test_places_are_those_of_loops():
             for row in range(top, bottom):
                 for column in range(left, right):
                     shown = 3 - column if flip[image, v] else column
-                    expected[v].append((image * 4 + row) * 4 + shown)
+                    expected[v].append(((v * 3 + image) * 4 + row) * 4 + shown)
     assert overlap_places(rectangle, flip, 4).tolist() == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pairs_of_a_run(workers, quick):
+    """Both crops show the same at the places of the overlap, on any number of processes."""
+    args = dcc.resolve(quick(Args, batch_size=8, accumulate=2, num_workers=workers))
+    data, split = dcc.open_data(args)
+
+    def pairs(rank, world_size, count, labels="known"):
+        place = (3, rank, world_size, torch.device("cpu"))
+        stream = dcc.make_pairs(args, data, split.unlabeled, "unlabeled", place, labels)
+        return [next(stream) for _ in range(count)]
+
+    batches = pairs(0, 1, 6)  # two micro-batches of four images a step
+    for crops, label, overlap in batches:
+        shown = torch.stack([F.avg_pool2d(crop, 8) for crop in crops]).permute(0, 1, 3, 4, 2)
+        assert shown.shape == (2, 4, 4, 4, 3) and label.shape == (2, 4, 4, 4)
+        one, two = take(shown, overlap)
+        assert len(one) > 10
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+        assert label.dtype == torch.int64 and set(label.unique().tolist()) <= {*range(8), 254, 255}
+        one, two = take(label, overlap)  # a place is flipped about its edge, its label is a pixel
+        assert (one == two).float().mean() > 0.8
+    assert all((label >= 254).all() for _, label, _ in pairs(0, 1, 2, "none"))
+    for rank in range(2):
+        parts = pairs(rank, 2, 6)
+        for step in (0, 2, 4):  # of two micro-batches
+            for crop in range(2):
+                whole = torch.cat([images[crop] for images, *_ in batches[step : step + 2]])
+                part = torch.cat([images[crop] for images, *_ in parts[step : step + 2]])
+                assert torch.equal(part, whole[4 * rank : 4 * rank + 4])
+
+
+def test_crops_that_share_nothing_have_no_places():
+    generator = torch.Generator().manual_seed(0)
+    pairs = (overlapping_crops(200, 64, 64, generator, 0.0) for _ in range(99))
+    apart = (pair for pair in pairs if abs(pair[0][0] - pair[1][0]) > 64)
+    *_, rectangle_1, rectangle_2 = next(apart)
+    index = overlap_places(torch.tensor([[rectangle_1, rectangle_2]]), torch.ones(1, 2) > 0, 8)
+    assert index.shape == (2, 0) and take(torch.ones(2, 1, 8, 8, 5), index).shape == (2, 0, 5)
 
 
 def test_drawn_places():
@@ -608,23 +648,27 @@ def test_colors_change_as_often_as_released_and_on_any_number_of_processes():
 # --- the bank
 
 
-def test_bank_keeps_the_last_steps_oldest_first():
-    bank = NegativeBank(6, 2, "cpu")
+def test_bank_keeps_the_last_steps_oldest_first(monkeypatch):
+    monkeypatch.setattr(dcc, "EMBEDDING", 2)
+    cpu = torch.device("cpu")
+    bank = NegativeBank(6, cpu)
     for step in range(4):
         rows = torch.full((3, 2), float(step), requires_grad=True)
         bank.add(rows, torch.full((3,), step))
         expected = [s for s in (step - 1, step) if s >= 0 for _ in range(3)]
         assert bank.labels.tolist() == expected
-        assert bank.vectors[:, 0].tolist() == [float(s) for s in expected]
-        assert not bank.vectors.requires_grad
-    other = NegativeBank(6, 2, "cpu")
+        assert bank.embeddings[:, 0].tolist() == [float(s) for s in expected]
+        assert not bank.embeddings.requires_grad
+    other = NegativeBank(6, cpu)
     other.load_state_dict(bank.state_dict())
-    assert torch.equal(other.vectors, bank.vectors) and torch.equal(other.labels, bank.labels)
-    one = NegativeBank(3, 2, "cpu")
+    assert torch.equal(other.embeddings, bank.embeddings)
+    assert torch.equal(other.labels, bank.labels)
+    one = NegativeBank(3, cpu)
     for step in range(3):
         one.add(torch.full((3, 2), float(step)), torch.full((3,), step))
     assert one.labels.tolist() == [2, 2, 2]
-    assert len(one.vectors.untyped_storage()) == one.vectors.numel() * 4  # saved as it is
+    saved = one.state_dict()["embeddings"]
+    assert len(saved.untyped_storage()) == saved.numel() * 4  # saved as it is
 
 
 def test_gathered_rows_are_in_the_order_of_the_global_batch(monkeypatch):
@@ -636,8 +680,8 @@ def test_gathered_rows_are_in_the_order_of_the_global_batch(monkeypatch):
 
     monkeypatch.setattr(dcc.dist, "all_gather", all_gather)
     expected = [0, 1, 2, 3, 100, 101, 102, 103, 4, 5, 6, 7, 104, 105, 106, 107]
-    assert dcc.gather_views(own, 2).tolist() == expected
-    assert dcc.gather_views(own, 1).tolist() == list(range(8))
+    assert dcc.gather_crops(own, 2).tolist() == expected
+    assert dcc.gather_crops(own, 1).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize(("flags", "count"), [
@@ -647,8 +691,8 @@ def test_gathered_rows_are_in_the_order_of_the_global_batch(monkeypatch):
 def test_bank_of_a_run(quick, flags, count):
     result = main(quick(Args, **({"steps": 3} | flags)))
     bank = torch.load(f"{result['run_dir']}/last.pt", weights_only=True)["bank"]
-    assert bank["vectors"].shape == (count, dcc.EMBEDDING) and bank["labels"].shape == (count,)
-    assert bank["vectors"].norm(dim=1).sub(1).abs().max() < 1e-5
+    assert bank["embeddings"].shape == (count, dcc.EMBEDDING) and bank["labels"].shape == (count,)
+    assert bank["embeddings"].norm(dim=1).sub(1).abs().max() < 1e-5
     assert bank["labels"].min() >= 0 and bank["labels"].max() < 8
 
 
@@ -657,22 +701,24 @@ def test_bank_of_a_run(quick, flags, count):
 
 def test_network_gives_places_and_keeps_the_classifier_to_the_labels():
     network = dcc.DeepLabV3Plus(5, "resnet14")
-    whole = dcc.TwoCropNetwork(network, dcc.make_projector(64))
-    image = torch.randn(2, 3, 64, 48)
-    vector, label, confidence = whole(image, True)
-    assert vector.shape == (2, 8, 6, 128) and label.shape == confidence.shape == (2, 8, 6)
-    torch.testing.assert_close(vector.norm(dim=3), torch.ones(2, 8, 6))
-    assert not confidence.requires_grad
-    (vector * torch.randn_like(vector)).sum().backward()
+    whole = dcc.ContrastiveNetwork(network, dcc.make_projector(Args(), 64))
+    images = torch.randn(3, 2, 3, 64, 48)  # labeled, and two crops
+    logits_l, embedding, pseudo_label, confidence = whole(*images)
+    assert embedding.shape == (2, 2, 8, 6, 128)
+    assert pseudo_label.shape == confidence.shape == (2, 2, 8, 6)
+    torch.testing.assert_close(embedding.norm(dim=4), torch.ones(2, 2, 8, 6))
+    assert not confidence.requires_grad and not pseudo_label.requires_grad
+    (embedding * torch.randn_like(embedding)).sum().backward()
     assert network.classifier.weight.grad is None
     for name, parameter in whole.named_parameters():
         if "classifier" not in name:
             assert parameter.grad.abs().max() > 0, name
-    features = F.avg_pool2d(network.head(*network.encode(image)), 2)
-    prob = network.classifier(features).softmax(1)
-    torch.testing.assert_close(confidence, prob.amax(1).detach())
-    assert torch.equal(label, prob.argmax(1))
-    assert torch.equal(whole(image), network(image))
+    for crop, image in enumerate(images[1:]):
+        features = F.avg_pool2d(network.head(*network.encode(image)), 2)
+        prob = network.classifier(features).softmax(1)
+        torch.testing.assert_close(confidence[crop], prob.amax(1).detach())
+        assert torch.equal(pseudo_label[crop], prob.argmax(1))
+    assert torch.equal(logits_l, network(images[0]))
 
 
 @pytest.mark.parametrize("flags", [{}, {"directional": False, "accumulate": 2}], ids=str)
@@ -750,12 +796,12 @@ def test_bf16_keeps_every_gradient(quick):
     state = checkpoint["optimizer"]["state"]
     for number, moments in state.items():
         assert moments["exp_avg"].abs().max() > 0, f"parameter {number} got no gradient"
-    assert checkpoint["bank"]["vectors"].dtype == torch.float32
+    assert checkpoint["bank"]["embeddings"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("flags", [
-    {"crop_size": 36}, {"pair_scale": (0.0, 1.0)}, {"pair_scale": (2.0, 1.0)},
-    {"min_overlap": 0.0}, {"min_overlap": 1.5}, {"temperature": 0.0},
+    {"crop_size": 36}, {"pair_scale": (0.0, 1.0)}, {"pair_scale": (1.0, 9.0)},
+    {"min_overlap": -0.1}, {"min_overlap": 1.5}, {"temperature": 0.0},
     {"temperature": float("nan")}, {"confidence_threshold": 1.5}, {"bank_steps": 0},
     {"negatives": 0}, {"negatives": 17}, {"epsilon": -1.0}, {"lambda_u": float("nan")},
     {"dcc_start": -0.1}, {"ramp_up": 1.5}, {"head_lr_mult": -1.0},
@@ -794,7 +840,7 @@ def test_learning_rates_are_the_authors():
         lr = dcc.poly_lr(voc.lr, step, total)
         np.testing.assert_allclose([voc.head_lr_mult * lr, lr], [head, backbone], rtol=1e-9)
     args = dcc.resolve(Args(weights="none"))
-    network, projector = dcc.DeepLabV3Plus(21, "resnet14"), dcc.make_projector(64)
+    network, projector = dcc.DeepLabV3Plus(21, "resnet14"), dcc.make_projector(args, 64)
     optimizer = dcc.make_optimizer([network, projector], args, torch.device("cpu"))
     rates = {id(p): g["lr_mult"] for g in optimizer.param_groups for p in g["params"]}
     for name, parameter in network.named_parameters():
