@@ -274,7 +274,7 @@ class MemoryBank(nn.Module):
             new = gather(new.flatten(0, 1))
             group = torch.arange(len(new), device=new.device) // quota % classes
             new = take_first(new, group, classes, quota)
-        # DIFFERS (cmb.md 15): never more than `capacity`, in the first call neither.
+        # DIFFERS (cmb.md 15): never more than `capacity`, not in the first call either.
         count = count.clamp(max=quota)[:, None]
         place = torch.arange(capacity, device=new.device)
         place = torch.where(place < count, place, quota + place - count)  # in [new, old]
@@ -347,7 +347,7 @@ class Heads(nn.Module):
 
 
 class NetworkWithHeads(nn.Module):
-    """The network and its heads, in one module: what DDP wraps is trained by `forward` alone."""
+    """The network and its heads in one module, since DDP covers what its own `forward` does."""
 
     def __init__(self, network: nn.Module, heads: Heads):
         super().__init__()
@@ -428,11 +428,11 @@ def classes_to_paste(label: torch.Tensor, draw: torch.Tensor, background: bool) 
 
 
 def classmix(maps, classes, chance: float, span, generator: torch.Generator) -> list[torch.Tensor]:
-    """Paste classes of the next image on each image of a batch: one coin for the global batch.
+    """Paste classes of the next image on each image of a batch, or on none: one coin for all.
 
-    maps: images, labels and more that mix alike; one more of each than the `span` has, or as many
+    maps: images, labels and more that mix alike: n of each, or n + 1 with the partner of the last
     classes: names, of which "background" is pasted only if there is no other
-    span: (B, first, n), images `first` to `first + n` of a global batch of B; n are returned
+    span: (B, first, n): images `first` to `first + n` of a global batch of B. Returns n of each.
     """
     batch_size, first, n = span
     mixing = torch.rand((), generator=generator).item() < chance
@@ -487,7 +487,7 @@ def rescale(image, label, confidence, scale: float, corner: tuple[float, float])
     if scale < 1:  # the odd row above, the odd column at the right
         rows, columns = gap
         margins = [columns // 2, columns - columns // 2, rows - rows // 2, rows // 2]
-        # DIFFERS (cmb.md 13): 0 is the mean color here.
+        # DIFFERS (cmb.md 13): padded with the mean color, which is 0, not with black.
         maps, label = F.pad(maps, margins), F.pad(label, margins, value=IGNORE)
     else:
         top, left = (int(share * (1 - more)) for share, more in zip(corner, gap, strict=True))
@@ -507,9 +507,9 @@ def nearest(label: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(label[:, None].float(), size, mode="nearest")[:, 0].long()
 
 
-# === rows by class ===
-# What runs on the rows of each class, for all classes at once: no size depends on how many rows a
-# class has, so that no GPU waits for a count.
+# === rows by class, over all processes ===
+# Each class has rows of its own, and all run at once. No size depends on how many rows a class has,
+# so that no GPU waits for a count.
 def group_sizes(group: torch.Tensor, number: int) -> torch.Tensor:
     """How many of `group` (M,) are 0, 1, ..., number - 1."""
     return (group[:, None] == torch.arange(number, device=group.device)).sum(0)
@@ -792,21 +792,21 @@ def main(args: Args) -> dict:
 
             # === loss ===
             image_u, label_u = next(batches_u)
-            n, n_u = len(image_l) - 1, len(image_u) - 1  # the last one is there to be pasted alone
-            number = rank * args.accumulate + micro  # of this micro-batch in the global batch
-            span_l = args.batch_size, number * n, n
-            span_u = args_u.batch_size, number * n_u, n_u
+            n, n_u = len(image_l) - 1, len(image_u) - 1  # the last one is there to paste from
+            part = rank * args.accumulate + micro  # this micro-batch in the global batch
+            span_l, span_u = (args.batch_size, part * n, n), (args_u.batch_size, part * n_u, n_u)
             # DIFFERS (cmb.md 10): the teacher sees the last one too, unless it is the first again.
             image_u = image_u[: args_u.batch_size]
             with torch.no_grad(), autocast:
                 # DIFFERS (cmb.md 2): the teacher sees the weak view of all scripts.
                 prob = full_precision(teacher(image_u)[0]).softmax(1)
             confidence, pseudo_label = prob.max(1)  # padding has them, too
-            started, class_weight = step >= ramp_steps, None
+            started = step >= ramp_steps
+            class_weight = None
             if args.class_balance:
-                count = step * args.accumulate + micro  # micro-batches before this one
-                balance.update(count, label_l[:n], pseudo_label[:n_u])
-                class_weight = balance.weight(count) if started else None
+                number = step * args.accumulate + micro
+                balance.update(number, label_l[:n], pseudo_label[:n_u])
+                class_weight = balance.weight(number) if started else None
 
             generator = step_generator(args.seed, "labeled view", step)
             image_l, label_l = classmix(
@@ -818,6 +818,7 @@ def main(args: Args) -> dict:
                 chance = args.classmix[1] if started else 0.0
                 view = classmix(maps, data.classes, chance, span_u, generator)
                 views.append(strong_augmentation(*view, args.blur, span_u, generator))
+            # Strong views, 2 n_u of each.
             image_s, pseudo_label_s, confidence_s = map(torch.cat, zip(*views, strict=True))
 
             if step >= ramp_steps / 2:
