@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                                   # CPU, resnet14, shapes-size crops
     python benchmarks/speed.py --device cuda --backbone resnet50 --crop-size 512 --amp bf16
-    python benchmarks/speed.py --table                           # results/speed.jsonl -> docs/results.md
+    python benchmarks/speed.py --table                # results/speed.jsonl -> docs/results.md
 
 The floor of a script is its forwards, losses, backward, optimizer step and EMA on tensors that are
 already in memory. Blocks of the script's own loop (`main`, with its loading, logging and
@@ -143,7 +143,7 @@ def cct_floor(f: Floor):
     """The auxiliary decoders see clean features: the perturbations are not in the floor."""
     net = f.network()
     aux_decoders = f.script.AuxDecoders(net.classifier.in_channels, f.classes, f.args)
-    aux_decoders, _ = f.script.prepare(aux_decoders, f.args, 1, f.device)
+    f.on_device(aux_decoders)
     optimizer = f.optimizer(net, aux_decoders)
     labeled, unlabeled, label = f.image(), f.image(), f.label()
     shape = (sum(f.args.decoders), f.classes)
@@ -165,7 +165,7 @@ def cct_floor(f: Floor):
 def gct_floor(f: Floor):
     nets = [f.network(), f.network()]
     detector = f.script.make_detector(f.args, f.classes)
-    f.script.prepare(detector, f.args, 1, f.device)
+    f.on_device(detector)
     optimizers = [f.optimizer(*nets), torch.optim.Adam(detector.parameters(), 1e-4, fused=True)]
     labeled, unlabeled, label = f.image(), f.image(), f.label()
     script, n = f.script, len(label)
@@ -201,7 +201,7 @@ def cmb_floor(f: Floor):
     """Without the views, and without filling the bank; the teacher sees labeled images for it."""
     net = f.network()
     heads = f.script.Heads(net.classifier.in_channels, f.classes, bank_attention=True)
-    student, _ = f.script.prepare(f.script.NetworkWithHeads(net, heads), f.args, 1, f.device)
+    student = f.on_device(f.script.NetworkWithHeads(net, heads))
     teacher = f.script.make_teacher(student, f.args)
     bank = f.script.MemoryBank(f.classes, heads.dim, f.args.bank_size).to(f.device)
     bank.store.normal_()
@@ -231,7 +231,7 @@ def dcc_floor(f: Floor):
     net = f.network()
     projector = f.script.make_projector(f.args, net.classifier.in_channels)
     network = f.script.ContrastiveNetwork(net, projector)
-    network = f.script.prepare(network, f.args, 1, f.device)
+    f.on_device(network)
     optimizer = f.optimizer(net, projector)
     labeled, crops, label = f.image(), [f.image(), f.image()], f.label()
     size, generator, shared = f.args.crop_size, torch.Generator().manual_seed(0), 0
