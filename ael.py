@@ -379,6 +379,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 # === choice of images ===
 # DIFFERS (ael.md 14): steps between the choice of images and their use, while loaders fetch them.
 AHEAD = 9
+# DIFFERS (ael.md 17): scales of a pasted image in tenths; as released, half of them enlarge it.
+PASTE_SCALES = tuple(i / 10 for i in range(1, 21))
 
 
 def draw_classes(probability: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
@@ -913,10 +915,6 @@ def average(history: list[dict], done: int, accumulate: int, world_size: int) ->
 
 
 # === chosen images ===
-# Half of the pasted images are made smaller, down to a tenth, half larger, up to twice.
-PASTE_SCALES = tuple(i / 10 for i in range(1, 21))
-
-
 class ChosenSamples(Samples):
     """`Samples`, where index -1 is a black image of label 0: nothing is pasted from it."""
 

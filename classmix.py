@@ -333,7 +333,7 @@ def main(args: Args) -> dict:
 
     # === networks ===
     batches_l = make_batches(args, data, split.labeled, "labeled", place)
-    # An image is pasted on the next one of the global batch; one process alone has that anyway.
+    # An image is pasted on the next one of the global batch; who loads all of it needs no more.
     partner = "next" if world_size * args.accumulate > 1 else None
     labels = "known" if args.log_pseudo_accuracy else "none"
     batches_u = make_batches(args, data, split.unlabeled, "unlabeled", place, partner, labels)
