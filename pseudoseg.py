@@ -157,10 +157,10 @@ def grad_cam(
     features: (B, D, h, w); weight: (C - 1, D) of a linear classifier of their mean over positions;
     image_label: (B, C - 1) float 0/1
     """
-    # DIFFERS (pseudoseg.md 1): the gradient of such a class's logit is its weight / (h w) at every
-    # position, so no backward pass is needed.
+    # DIFFERS (pseudoseg.md 1): the gradient of a logit is its weight / (h w) at every position, so
+    # no backward pass is needed.
+    alpha = full_precision(weight) / features[0, 0].numel()  # (1)
     features = full_precision(features)
-    alpha = weight.to(features) / features[0, 0].numel()  # (1)
     cam = (alpha @ features.flatten(2)).relu() * image_label[:, :, None]  # (2)
     cam = cam / cam.amax(2, keepdim=True).clamp(min=1e-5)  # (3)
     return cam.unflatten(2, features.shape[2:])
@@ -174,19 +174,17 @@ def self_attention(
     query, key: (B, d, h, w); cam: (B, C - 1, h, w), no gradient; valid: (B, 1, h, w) float 0/1
     """
     query, key, cam = query.flatten(2), key.flatten(2), cam.detach().flatten(2)
-    similarity = full_precision(query.mT @ key) / query.shape[1] ** 0.5  # (B, n, n)
-    inside = valid.flatten(2) > 0.5
-    # Not -inf: a position outside attends to all alike, as released, instead of being NaN.
-    weight = similarity.masked_fill(~(inside.mT & inside), -1e9).softmax(2)  # (4)
+    similarity = full_precision((query / query.shape[1] ** 0.5).mT @ key)  # (B, n, n)
+    outside = valid.flatten(2) < 0.5
+    # Not -inf: a position outside attends to all alike, as released, where it would be NaN.
+    weight = similarity.masked_fill(outside.mT | outside, -1e9).softmax(2)  # (4)
     score = cam @ weight.mT + cam  # (5)
     background = 2 - score.amax(1, keepdim=True)  # (6)
     return torch.cat([background, score], 1).unflatten(2, valid.shape[2:])
 
 
 class SelfAttention(nn.Module):
-    """The second branch: logits (B, C, h, w) from features and CAM, to neither of which it has a
-    gradient.
-    """
+    """The second map, logits (B, C, h, w), from features and CAM; gradient to its own weights."""
 
     def __init__(self, in_channels: int, num_classes: int, dim: int = 128):
         super().__init__()
@@ -215,14 +213,15 @@ class InnerMaps(nn.Module):
         self.network = network
 
     def forward(self, image: torch.Tensor, decode: bool = True) -> tuple[torch.Tensor, ...]:
-        """Logits at stride 4, features of stage 4, and those of stages 4 and 3 without gradient."""
+        """Features of stage 4, of stages 4 and 3 without gradient, and logits at stride 4."""
         net = self.network.backbone
         low = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(image)))))
         middle = net.layer3(net.layer2(low))
         high = net.layer4(middle)
-        hypercolumn = torch.cat([high, middle], 1).detach()
-        logits = self.network.classifier(self.network.head(low, high)) if decode else high[:, :0]
-        return tuple(full_precision(each) for each in (logits, high, hypercolumn))
+        maps = [high, torch.cat([high, middle], 1).detach()]
+        if decode:
+            maps.append(self.network.classifier(self.network.head(low, high)))
+        return tuple(full_precision(each) for each in maps)
 
 
 # === pseudo-labels ===
@@ -235,7 +234,7 @@ def sharpen(prob: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def calibration_norm(logits: torch.Tensor, sgc_logits: torch.Tensor) -> torch.Tensor:
     """Root mean square of both maps together, one number for the local batch."""
-    # DIFFERS (pseudoseg.md 2): the mean of the squares, as released, not their sum.
+    # The mean of the squares, as released: their sum would flatten every softmax.
     squares = [full_precision(each).square().mean() for each in (logits, sgc_logits)]
     return (sum(squares) / 2 + 1e-8).sqrt()  # (8)
 
@@ -279,19 +278,22 @@ def consistency_loss(
 
 
 # === views ===
-def jitter_colors(image: torch.Tensor, factors: torch.Tensor, order: list[int]) -> torch.Tensor:
-    """Change the colors of (B, 3, H, W) in [0, 1], each image by its own factors.
-
-    As `color_jitter`, but contrast scales from the mean of each of the image's channels.
-    factors: (4, B) of brightness (added), contrast, saturation, and turns of hue (added)
-    """
-    brightness, contrast, saturation, hue = factors.to(image.device, non_blocking=True)
+def jitter_colors(
+    image: torch.Tensor,
+    brightness: torch.Tensor,
+    contrast: torch.Tensor,
+    saturation: torch.Tensor,
+    hue: torch.Tensor,
+    order: list[int],
+) -> torch.Tensor:
+    """`color_jitter`, but contrast scales from the mean of each channel of an image."""
     for number in order:
         if number == 1:
             mean = image.mean((2, 3), keepdim=True)
-            image = ((image - mean) * contrast[:, None, None, None] + mean).clamp(0, 1)
+            factor = contrast.to(image, non_blocking=True)[:, None, None, None]
+            image = torch.lerp(mean, image, factor).clamp(0, 1)
         else:
-            image = color_jitter(image, 1 + brightness, contrast, saturation, hue, [number])
+            image = color_jitter(image, brightness, contrast, saturation, hue, [number])
     return image
 
 
@@ -312,17 +314,18 @@ def strong_view(
     valid: (n, 1, H, W) float, 0 in the padding
     """
     here, size = slice(first, first + len(image)), image.shape[2]
-    # DIFFERS (pseudoseg.md 6): one order for the batch; the crop's means, not the whole image's.
+    # DIFFERS (pseudoseg.md 6): one order for the batch; the means are those of the crop.
     order = torch.randperm(4, generator=generator).tolist()
-    draw = 2 * torch.rand(4, batch_size, generator=generator) - 1
+    shift = torch.rand(4, batch_size, generator=generator) - 0.5
     center = torch.randint(size, (batch_size, 2), generator=generator)
-    factors = torch.tensor([0, 1, 1, 0])[:, None] + draw * torch.tensor([2, 2, 2, 1])[:, None] / 4
+    brightness, contrast, saturation, hue = shift[:, here]
+    factors = (1 + brightness, 1 + contrast, 1 + saturation, hue / 2)
     mean, std = statistics(image.device)
-    image = jitter_colors((image * std + mean).clamp(0, 1), factors[:, here], order)
-    # DIFFERS (pseudoseg.md 3): the code's 100 of 513 pixels, where the paper has 50.
-    box = cutout_mask(size, size, center[here], 2 * round(50 / 513 * size))
-    valid = valid * box.to(image.device, non_blocking=True)
-    return (image - mean) / std * valid, valid  # the mean color in the padding and in the square
+    image = (jitter_colors((image * std + mean).clamp(0, 1), *factors, order) - mean) / std
+    # DIFFERS (pseudoseg.md 10): 100 of 513 pixels, as released, and as much of other crops.
+    mask = cutout_mask(size, size, center[here], 2 * round(50 / 513 * size))
+    valid = valid * mask.to(image.device, non_blocking=True)
+    return image * valid, valid  # 0 is the mean color
 
 
 def upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -440,7 +443,8 @@ def main(args: Args) -> dict:
 
             # === loss ===
             image_u, label_u = next(batches_u)
-            first = (rank * args.accumulate + micro) * len(image_l)  # of the global batch
+            n = len(image_l)
+            first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
             draw = step_generator(args.seed, "strong view", step)
             # DIFFERS (pseudoseg.md 7): for the attention, void pixels are outside like padding.
             valid_l, valid_u = ((y != IGNORE)[:, None].float() for y in (label_l, label_u))
@@ -450,13 +454,13 @@ def main(args: Args) -> dict:
             # gradient to the next forward.
             with torch.no_grad(), autocast:
                 network.eval()  # the CAM sees running statistics, the decoder those of its batch
-                _, high_w, hypercolumn_w = ddp(image_u, decode=False)
+                high_w, hypercolumn_w = ddp(image_u, decode=False)
                 network.train()
-                logits_w, *_ = ddp(image_u)
+                *_, logits_w = ddp(image_u)
             with autocast:
                 # DIFFERS (pseudoseg.md 2): one forward of the labeled images, not two.
-                logits_l, high_l, hypercolumn_l = ddp(image_l)
-                logits_s, *_ = ddp(image_s)
+                high_l, hypercolumn_l, logits_l = ddp(image_l)
+                *_, logits_s = ddp(image_s)
             valid_u = shrink(valid_u, logits_w)
             with torch.no_grad():
                 present_w = (classifier(high_w.mean((2, 3))) >= 0).float()
@@ -469,10 +473,10 @@ def main(args: Args) -> dict:
             sgc_l = ddp_attention(hypercolumn_l, cam_l, shrink(valid_l, cam_l))
             class_logits = ddp_classifier(high_l.mean((2, 3)))
 
-            logits_l, map_l = (upsample(z, image_l.shape[2:]) for z in (logits_l, sgc_l))
+            logits_l, sgc_l = (upsample(z, image_l.shape[2:]) for z in (logits_l, sgc_l))
             loss_sup = supervised_loss(logits_l, label_l, args.supervised_loss)
             loss_unsup = consistency_loss(logits_s, target, valid_u, args.threshold, args.hard)
-            loss_attention = cross_entropy(map_l, label_l)
+            loss_attention = cross_entropy(sgc_l, label_l)
             loss_classification = classification_loss(class_logits, present_l)
             weight = args.lambda_u * ramp_up(step, args.ramp_up * args.steps)
             loss = loss_sup + weight * loss_unsup + loss_attention
@@ -489,7 +493,7 @@ def main(args: Args) -> dict:
                 known = shrink(label_u[:, None].float(), target)[:, 0]
                 logs["pseudo/accuracy"] = pixel_accuracy(target.argmax(1), known)
             pictures = {
-                "labeled": ([image_l], [label_l, logits_l, map_l]),
+                "labeled": ([image_l], [label_l, logits_l, sgc_l]),
                 "unlabeled": ([image_u, image_s], [logits_w, sgc_w, target]),
             }
 
