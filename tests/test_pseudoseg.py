@@ -1,7 +1,7 @@
 """pseudoseg.py: branch, fusion, losses and views against the authors' code, whole steps, runs."""
 
 import math
-from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import predict
 import pseudoseg
 from common.datasets import IGNORE, UNKNOWN, step_generator
-from common.transforms import color_jitter, statistics
+from common.transforms import color_jitter
 from pseudoseg import (
     PAPER,
     Args,
@@ -36,6 +36,7 @@ from pseudoseg import (
     image_labels,
     jitter_colors,
     main,
+    make_target,
     resolve,
     self_attention,
     sharpen,
@@ -355,6 +356,19 @@ def test_fusion_knows_no_common_factor_and_no_order():
     assert fuse_calibrated(loud, loud, 0.1).isfinite().all()
 
 
+def test_targets_that_the_flags_name():
+    torch.manual_seed(0)
+    maps = torch.randn(2, 2, 3, 4, 4)
+    for flags, expected in (
+        ({}, fuse_calibrated(*maps)), ({"temperature": 0.2}, fuse_calibrated(*maps, 0.2)),
+        ({"hard": True}, fuse_calibrated(*maps, 1.0)),  # hard labels are not sharpened
+        ({"logit_norm": False}, fuse_calibrated(*maps, norm=False)),
+        ({"pseudo_source": "attention"}, sharpen(maps[1].softmax(1), 0.5)),
+        ({"pseudo_source": "attention", "hard": True}, maps[1].softmax(1)),
+    ):  # fmt: skip
+        torch.testing.assert_close(make_target(*maps, Args(**flags)), expected)
+
+
 def test_losses_without_anything_that_counts():
     for dtype in (torch.float32, torch.float64):
         logits = torch.randn(1, 3, 2, 2, dtype=dtype, requires_grad=True)
@@ -395,19 +409,20 @@ def test_strong_view():
     weak = torch.randn(8, 3, 48, 48)
     inside = torch.ones(8, 1, 48, 48)
     inside[:, :, 40:] = 0
-    views, valids = zip(
-        *(strong_view(weak[f : f + 4], inside[f : f + 4], 8, f, step_generator(0, "s", 3))
-          for f in (0, 4)), strict=True
-    )  # fmt: skip
+    halves = [
+        strong_view(weak[f : f + 4], inside[f : f + 4], 8, f, step_generator(0, "s", 3))
+        for f in (0, 4)
+    ]
     view, valid = strong_view(weak, inside, 8, 0, step_generator(0, "s", 3))
-    assert torch.equal(torch.cat(views), view) and torch.equal(torch.cat(valids), valid)
+    for whole, parts in zip((view, valid), zip(*halves, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
     assert not view[(valid == 0).expand_as(view)].any()  # the mean color
     cut = (inside - valid).sum((1, 2, 3))
-    assert cut.max() <= 100 and cut.min() > 0  # 10 pixels a side, clipped
+    assert cut.max() == 100 and (cut > 0).sum() >= 6  # 10 pixels a side, clipped or in the padding
     assert (view != weak).any((1, 2, 3)).all()
     other = strong_view(weak, inside, 8, 0, step_generator(0, "s", 4))[0]
     assert not torch.equal(view, other)
-    assert torch.equal(inside[:, :, :40], torch.ones(8, 1, 40, 48))  # not changed in place
+    assert inside[:, :, :40].all()  # not changed in place
 
 
 @pytest.mark.parametrize(("crop", "side"), [(512, 100), (800, 156), (160, 32), (48, 10)])
@@ -425,7 +440,7 @@ def test_side_of_the_cutout(crop, side, monkeypatch):
 
 
 def test_ranges_of_the_jitter(monkeypatch):
-    """Brightness +-0.5, contrast and saturation 0.5 to 1.5, hue +-0.25 turns, every image its own."""
+    """Brightness -0.5 to 0.5, contrast and saturation 0.5 to 1.5, hue -0.25 to 0.25 turns."""
     factors = []
 
     def remember(image, *drawn):
@@ -438,8 +453,7 @@ def test_ranges_of_the_jitter(monkeypatch):
     low, high = factors[0].amin(1).tolist(), factors[0].amax(1).tolist()
     assert low == pytest.approx([0.5, 0.5, 0.5, -0.25], abs=0.01)
     assert high == pytest.approx([1.5, 1.5, 1.5, 0.25], abs=0.01)
-    mean, std = statistics(image.device)
-    assert out.abs().max() < 1e-5 and mean.max() < 1 and std.max() < 1
+    assert out.abs().max() < 1e-5  # normalized as before
     # Without contrast it is the other scripts' jitter.
     image, drawn = torch.rand(3, 3, 5, 5), factors[0][:, :3]
     order = [3, 0, 2]
@@ -451,61 +465,33 @@ def checkpoint(result):
     return torch.load(f"{result['run_dir']}/last.pt", weights_only=True)
 
 
-def moved_by(term, quick, monkeypatch, **flags):
-    """Names of the parameters that one SGD step on a single term moves."""
-    nothing = {"lambda_u": 0.0, "lambda_classification": 0.0}
-    only = {"loss_unsup": {"lambda_u": 1.0}, "loss_classification": {"lambda_classification": 1.0}}
-    with monkeypatch.context() as patch:
-        if term != "loss_sup":
-            patch.setattr(pseudoseg, "supervised_loss", lambda logits, *_: 0 * logits.sum())
-        if term != "loss_attention":  # `supervised_loss` calls it, too
-            right = pseudoseg.cross_entropy
-            supervised = pseudoseg.supervised_loss
-            patch.setattr(pseudoseg, "cross_entropy", lambda logits, *_: 0 * logits.sum())
-            if term == "loss_sup":
-                patch.setattr(pseudoseg, "supervised_loss", lambda z, y, _: right(z, y))
-            assert supervised
-        args = quick(
-            Args, steps=2, save_every=1, optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0,
-            exp_name=term, **(active(pseudoseg) | nothing | only.get(term, {}) | flags),
-        )  # fmt: skip
-        seen, save = [], pseudoseg.Run.save
-
-        def remember(self, name, state):
-            if name == "last.pt":
-                seen.append({
-                    f"{module}.{key}": value.clone()
-                    for module in ("network", "classifier", "attention")
-                    for key, value in state[module].items() if "running" not in key
-                })  # fmt: skip
-            save(self, name, state)
-
-        patch.setattr(pseudoseg.Run, "save", remember)
-        main(args)
-    return {
-        key for key, value in seen[0].items()
-        if "num_batches" not in key and not torch.equal(value, seen[1][key])
-    }  # fmt: skip
+LOSSES = ("supervised_loss", "consistency_loss", "cross_entropy", "classification_loss")
 
 
-def test_gradient_routes(quick, monkeypatch):
+@pytest.mark.parametrize("term", LOSSES)
+def test_gradient_routes(term, quick, monkeypatch):
     """What each term reaches, through `main`, and nothing else."""
-    names = {
-        part: {f"{prefix}.{name}" for name, _ in module.named_parameters()}
-        for part, prefix, module in (
-            ("network", "network", DeepLabV3Plus(8, "resnet14")),
-            ("classifier", "classifier", nn.Linear(4, 7)),
-            ("attention", "attention", SelfAttention(4, 8)),
+    for name in LOSSES:
+        if name != term:
+            monkeypatch.setattr(pseudoseg, name, lambda logits, *_: 0 * logits.sum())
+    if term == "supervised_loss":  # it calls the one that is 0 now
+        monkeypatch.setattr(
+            pseudoseg, term, lambda z, y, _: F.cross_entropy(z, y, ignore_index=255)
         )
+    modules = {
+        "network": DeepLabV3Plus(8, "resnet14"), "classifier": nn.Linear(512, 7),
+        "attention": SelfAttention(768, 8),
     }  # fmt: skip
-    encoder = {name for name in names["network"] if name.startswith("network.backbone.")}
-    attention = names["attention"] - {"attention.norm.weight"}
-    expected = {
-        "loss_sup": names["network"], "loss_unsup": names["network"], "loss_attention": attention,
-        "loss_classification": encoder | names["classifier"],
+    names = [f"{part}.{name}" for part, m in modules.items() for name, _ in m.named_parameters()]
+    result = main(quick(Args, steps=1, weight_decay=0.0, **active(pseudoseg)))
+    state = checkpoint(result)["optimizer"]["state"]  # without decay all are in one group
+    reached = {names[number] for number, m in state.items() if m["exp_avg"].any()}
+    wanted = {
+        "supervised_loss": "network.", "consistency_loss": "network.",
+        "cross_entropy": ("attention.query", "attention.key", "attention.cal", "attention.norm.b"),
+        "classification_loss": ("network.backbone.", "classifier."),
     }  # fmt: skip
-    for term, reached in expected.items():
-        assert moved_by(term, quick, monkeypatch) == reached, term
+    assert reached == {name for name in names if name.startswith(wanted[term])}
 
 
 def test_forwards_of_a_step(quick, monkeypatch):
@@ -569,11 +555,8 @@ def test_shrink_takes_the_pixel_of_the_floor():
     assert small[0, 0, 0].tolist() == [i * 9 // 5 * 17 // 9 for i in range(5)]
 
 
-@pytest.mark.parametrize("flags", [
-    {}, {"hard": True, "threshold": 0.5}, {"pseudo_source": "attention"}, {"logit_norm": False},
-], ids=str)  # fmt: skip
-def test_it_trains(quick, flags):
-    args = quick(Args, steps=40, log_every=1, lr=3e-3, log_pseudo_accuracy=True, **flags)
+def test_it_trains(quick):
+    args = quick(Args, steps=40, log_every=1, lr=3e-3, log_pseudo_accuracy=True)
     result = main(args)
     rows = read_log(result["run_dir"])
     assert result["steps"] == 40 and 0 <= result["miou"] <= result["best_miou"] <= 1
@@ -597,32 +580,36 @@ def test_bf16_keeps_every_gradient(quick):
 
 
 def test_flags_have_their_effects(quick):
-    plain = weights(main(quick(Args, steps=3, **active(pseudoseg)))["run_dir"])
+    plain = weights(main(quick(Args, steps=2, **active(pseudoseg)))["run_dir"])
     for flags in (
         {"lambda_u": 0.5}, {"ramp_up": 0.9}, {"lambda_classification": 0.5}, {"temperature": 0.9},
         {"threshold": 0.6}, {"hard": True}, {"pseudo_source": "attention"}, {"logit_norm": False},
         {"attention_dim": 16},
     ):  # fmt: skip
         flags = active(pseudoseg) | flags
-        other = weights(main(quick(Args, steps=3, exp_name=str(flags), **flags))["run_dir"])
+        other = weights(main(quick(Args, steps=2, exp_name=str(flags), **flags))["run_dir"])
         same = [torch.equal(plain[key], other[key]) for key in plain if "/network/" in key]
         assert len(same) > 50 and not all(same), flags
 
 
 def test_accumulate_sees_the_same_views(quick, monkeypatch):
-    """Micro-batches get their part of the global batch's draws."""
-    parts = {}
+    """Micro-batches get their part of the global batch's draws, new ones at every step."""
+    parts, seeds = {}, {}
     for count in (1, 2):
-        calls = parts[count] = []
+        parts[count], seeds[count] = [], []
 
-        def remember(image, valid, *rest, calls=calls):
-            calls.append(strong_view(image, valid, *rest))
+        def remember(image, valid, size, first, generator, calls=parts[count], s=seeds[count]):
+            s.append(generator.initial_seed())
+            calls.append(strong_view(image, valid, size, first, generator))
             return calls[-1]
 
         monkeypatch.setattr(pseudoseg, "strong_view", remember)
-        main(quick(Args, steps=1, accumulate=count, exp_name=f"a{count}"))
-    for one, two in zip(parts[1][0], zip(*parts[2], strict=True), strict=True):
-        assert torch.equal(one, torch.cat(two))
+        main(quick(Args, steps=2, accumulate=count, exp_name=f"a{count}"))
+    assert seeds[2] == [s for s in seeds[1] for _ in range(2)] and len(set(seeds[1])) == 2
+    for step in range(2):
+        halves = zip(*parts[2][2 * step : 2 * step + 2], strict=True)
+        for one, two in zip(parts[1][step], halves, strict=True):
+            assert torch.equal(one, torch.cat(two))
 
 
 def test_unlabeled_labels_are_never_read(quick, monkeypatch):
@@ -636,7 +623,8 @@ def test_predict_reads_the_checkpoint(quick):
     assert saved["evaluated"] == "network"
     assert saved["network"].keys() == DeepLabV3Plus(8, "resnet14").state_dict().keys()
     assert {"classifier", "attention"} <= saved.keys()
-    assert {f.name for f in fields(predict.Args)}
+    network, _ = predict.load(Path(result["run_dir"]) / "last.pt", torch.device("cpu"))
+    assert torch.equal(network.classifier.weight, saved["network"]["classifier.weight"])
 
 
 @pytest.mark.parametrize("flags", [
