@@ -328,6 +328,7 @@ def strong_view(
     return image * valid, valid  # 0 is the mean color
 
 
+# === sizes and schedule ===
 def upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """What `DeepLabV3Plus.forward` does with the classifier's logits."""
     return F.interpolate(full_precision(logits), size, mode="bilinear", align_corners=True)
