@@ -31,10 +31,11 @@ SCRIPTS = {
     "gct": "cps",
     "cmb": "mean_teacher",
     "dcc": "supervised",
+    "pseudoseg": "supervised",
 }
 # Names that several papers use for different things (the interface fixes them).
 OWN_TEXT = {
-    "Args", "PAPER", "main", "box_masks", "consistency_loss", "ohem_cross_entropy",
+    "Args", "PAPER", "main", "box_masks", "consistency_loss", "ohem_cross_entropy", "strong_view",
 }  # fmt: skip
 BANNER = re.compile(r"^( *)# === (.+?) ===$")
 

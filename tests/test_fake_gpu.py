@@ -120,6 +120,7 @@ FLAGS = {
     "gct": [{"joint_batch": True, "lambda_dc": 0.0}],
     "cmb": [{"class_balance": True, "bank_attention": "off"}],
     "dcc": [{"epsilon": 1e-8}],
+    "pseudoseg": [{"hard": True, "threshold": 0.5, "pseudo_source": "attention"}],
 }
 
 

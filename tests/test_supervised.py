@@ -265,8 +265,16 @@ def freeze_batchnorm(monkeypatch, script):
 
     monkeypatch.setattr(Shapes, "load", load_valid)
     monkeypatch.setattr(script, "DeepLabV3Plus", lambda *a: Frozen(*a).eval())
-    prepare = script.prepare  # a script's other networks pass here, too
-    monkeypatch.setattr(script, "prepare", lambda network, *rest: prepare(network.eval(), *rest))
+    prepare = script.prepare
+
+    def prepare_frozen(network, *rest):  # a script's other networks pass here, too
+        for module in network.eval().modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.track_running_stats:
+                module.running_mean = torch.zeros(module.num_features)
+                module.running_var = torch.ones(module.num_features)
+        return prepare(network, *rest)
+
+    monkeypatch.setattr(script, "prepare", prepare_frozen)
 
 
 def test_paper_rows_fill_every_flag():

@@ -1,0 +1,865 @@
+"""PseudoSeg (Zou, Zhang, Zhang, Li, Bian, Huang, Pfister, ICLR 2021, 2010.09713).
+
+    L = CE(p(x_l), y_l) + lambda_u CE(p(strong x_u), Y) + CE(m(x_l), y_l) + lambda_x BCE(s(x_l), z)
+
+    p: the decoder's map; s: an image classifier, z the classes that occur in y_l; m: a second map,
+    self-attention on the Grad-CAM of s; Y: sharpened mean of the softmaxes of p and m on weak x_u
+
+    python pseudoseg.py --dataset shapes                         # no data, no GPU: minutes
+    python pseudoseg.py --split 1/8                              # one GPU, Pascal VOC
+    torchrun --nproc_per_node=8 pseudoseg.py --split 1/8         # the same run on eight
+
+The protocol is that of the CPS paper (2106.01226v3). docs/pseudoseg.md numbers the equations and
+lists what differs.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+import tyro
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.models.resnet import Bottleneck, ResNet
+from tqdm import tqdm
+
+from common import UserError, claim
+from common.datasets import (
+    IGNORE,
+    MicroBatches,
+    Samples,
+    StreamSampler,
+    open_data,
+    step_generator,
+    stream_seed,
+)
+from common.evaluation import Protocol, pixel_accuracy, side_by_side, validate
+from common.transforms import WeakView, color_jitter, normalize, statistics
+
+# Kinds of numbers, with their least and greatest value.
+Whole, Count = Annotated[int, 0, math.inf], Annotated[int, 1, math.inf]
+Amount, Share = Annotated[float, 0, math.inf], Annotated[float, 0, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """PseudoSeg. What is None takes its value from the data set's row of PAPER."""
+
+    # === common flags (copied) ===
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run directory
+    seed: Whole = 0  # weights, data order, views and masks follow from it
+    output_dir: str = "runs"  # folder of the run directories
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; auto: on GPUs
+    compile: bool = False  # torch.compile the networks
+    deterministic: bool = False  # deterministic algorithms on GPUs, where torch has them
+    num_workers: Whole = 2 if torch.accelerator.is_available() else 0  # loaders per stream; 0: none
+
+    dataset: Literal["voc", "cityscapes", "camvid", "shapes", "folder"] = "voc"
+    data_root: str = "data"  # folder of the data sets (of your own data, for folder)
+    split: str | None = None  # 1/8 (cps:1/8), u2pl:1/8, pseudoseg:1/8, classic:92, 20, full, a file
+    split_seed: Whole | None = None  # draw a ratio or a number of labeled images by this seed
+    unlabeled: Literal["rest", "all"] = "rest"  # all: labeled images too, without their labels
+    download: bool = False  # fetch the data set if it is not there
+    check_data: bool = False  # decode and check every image and label, then stop
+
+    backbone: Literal["resnet50", "resnet101", "resnet14"] | None = None  # resnet14: for CPUs
+    weights: str | None = None  # the encoder's start: imagenet, none, or a torchvision state dict
+    batch_size: Count | None = None  # labeled images per step, all processes (as many unlabeled)
+    accumulate: Count = 1  # micro-batches per step, for small cards; BatchNorm sees one at a time
+    crop_size: Annotated[int, 32, math.inf] | None = None  # side of the training crops, pixels
+    steps: Count | None = None  # optimizer steps; ramps and warm-ups are fractions of it
+    optimizer: Literal["sgd", "adamw"] | None = None  # poly schedule, power 0.9
+    lr: Amount | None = None  # learning rate at step 0, for any number of processes
+    head_lr_mult: Amount = 1.0  # of everything but the encoder, as a multiple of the encoder's
+    momentum: Annotated[float, 0, 0.999] | None = None  # SGD's momentum, AdamW's beta_1
+    weight_decay: Amount | None = None  # of weights; BatchNorm and biases have none
+    supervised_loss: Literal["ce", "ohem"] | None = None  # ohem: hard pixels (0.7, 50,000 an image)
+
+    log_every: Count = 50  # steps between rows of the log
+    eval_every: Count | None = None  # steps between evaluations; None: a tenth of the run
+    save_every: Count = 500  # steps between checkpoints
+
+    # === flags of the method ===
+    lambda_u: Amount | None = None  # weight of the consistency loss
+    ramp_up: Share | None = None  # share of the steps over which it rises from 0.7 % to all of it
+    lambda_classification: Amount | None = None  # weight of the image classifier's loss
+    temperature: Annotated[float, 0.01, math.inf] = 0.5  # below 1 sharpens the pseudo-labels
+    threshold: Share = 0.0  # pixels whose pseudo-label is less confident count as 0
+    hard: bool = False  # the argmax, not sharpened, instead of soft pseudo-labels
+    pseudo_source: Literal["average", "attention"] = "average"  # attention: without the decoder
+    logit_norm: bool = True  # scale both maps by their norm before the average
+    attention_dim: Count = 128  # channels of queries and keys
+    log_pseudo_accuracy: bool = False  # where unlabeled images have labels, for the log alone
+
+
+# === paper ===
+# Sources: CPS repository 5e0c29c, for the method PseudoSeg's b01acaf; camvid and shapes are ours.
+# An entry that depends on other flags is a function of them.
+# DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
+# DIFFERS (pseudoseg.md 9): camvid and shapes ramp the consistency in and weigh the classifier less,
+# since their networks start from scratch.
+PAPER = {
+    "voc": dict(
+        split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
+        steps=lambda args: {"1/8": 39_338, "1/2": 39_660}.get(args.split.split(":")[-1], 39_680),
+        optimizer="sgd", lr=0.0025, momentum=0.9, weight_decay=4e-4, supervised_loss="ce",
+        lambda_u=1.0, ramp_up=0.0, lambda_classification=1.0,
+    ),
+    "cityscapes": dict(
+        split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=800,
+        steps=lambda args: {"1/16": 44_544, "1/8": 44_525}.get(args.split.split(":")[-1], 44_640),
+        optimizer="sgd", lr=0.0025, momentum=0.9, weight_decay=8e-4, supervised_loss="ohem",
+        lambda_u=1.0, ramp_up=0.0, lambda_classification=1.0,
+    ),
+    "camvid": dict(
+        split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160, steps=1_000,
+        optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
+        lambda_u=1.0, ramp_up=0.4, lambda_classification=0.1,
+    ),
+}  # fmt: skip
+PAPER["shapes"] = PAPER["camvid"] | dict(split="20", batch_size=16, crop_size=48)
+PAPER["folder"] = PAPER["voc"] | dict(split="labeled.txt", steps=39_680)
+
+
+# === self-attention Grad-CAM ===
+def image_labels(label: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """1 for the classes 1, ..., C - 1 that occur: (B, H, W) int64 -> (B, C - 1) float."""
+    present = torch.zeros(len(label), IGNORE + 1, device=label.device)
+    return present.scatter_(1, label.flatten(1), 1.0)[:, 1:num_classes]
+
+
+def classification_loss(class_logits: torch.Tensor, image_label: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy, mean over all B (C - 1) entries."""
+    return F.binary_cross_entropy_with_logits(full_precision(class_logits), image_label)
+
+
+@torch.no_grad()
+def grad_cam(
+    features: torch.Tensor, weight: torch.Tensor, image_label: torch.Tensor
+) -> torch.Tensor:
+    """Where the classifier sees its classes: (B, C - 1, h, w) in [0, 1], 0 for absent classes.
+
+    features: (B, D, h, w); weight: (C - 1, D) of a linear classifier of their mean over positions;
+    image_label: (B, C - 1) float 0/1
+    """
+    # DIFFERS (pseudoseg.md 1): the gradient of a logit is its weight / (h w) at every position, so
+    # no backward pass is needed.
+    alpha = full_precision(weight) / features[0, 0].numel()  # (1)
+    features = full_precision(features)
+    cam = (alpha @ features.flatten(2)).relu() * image_label[:, :, None]  # (2)
+    cam = cam / cam.amax(2, keepdim=True).clamp(min=1e-5)  # (3)
+    return cam.unflatten(2, features.shape[2:])
+
+
+def self_attention(
+    query: torch.Tensor, key: torch.Tensor, cam: torch.Tensor, valid: torch.Tensor
+) -> torch.Tensor:
+    """The CAM, and its mean over positions that look alike; background first: (B, C, h, w).
+
+    query, key: (B, d, h, w); cam: (B, C - 1, h, w), no gradient; valid: (B, 1, h, w) float 0/1
+    """
+    query, key, cam = query.flatten(2), key.flatten(2), cam.detach().flatten(2)
+    similarity = full_precision((query / query.shape[1] ** 0.5).mT @ key)  # (B, n, n)
+    outside = valid.flatten(2) < 0.5
+    # Not -inf: a position outside attends to all alike, as released, where it would be NaN.
+    weight = similarity.masked_fill(outside.mT | outside, -1e9).softmax(2)  # (4)
+    score = cam @ weight.mT + cam  # (5)
+    background = 2 - score.amax(1, keepdim=True)  # (6)
+    return torch.cat([background, score], 1).unflatten(2, valid.shape[2:])
+
+
+class SelfAttention(nn.Module):
+    """The second map, logits (B, C, h, w), from features and CAM; gradient to its own weights."""
+
+    def __init__(self, in_channels: int, num_classes: int, dim: int = 128):
+        super().__init__()
+        self.query = nn.Conv2d(in_channels, dim, 1, bias=False)
+        self.key = nn.Conv2d(in_channels, dim, 1, bias=False)
+        self.calibrate = nn.Conv2d(num_classes, num_classes, 1, bias=False)
+        # Statistics of the batch always; without a scale each class has unit variance.
+        self.norm = nn.BatchNorm2d(num_classes, eps=1e-3, track_running_stats=False)
+        self.norm.weight.requires_grad_(False)
+        for module in (self.query, self.key, self.calibrate):
+            nn.init.xavier_uniform_(module.weight)
+
+    def forward(
+        self, hypercolumn: torch.Tensor, cam: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        hypercolumn = hypercolumn.detach()
+        scores = self_attention(self.query(hypercolumn), self.key(hypercolumn), cam, valid)
+        return self.norm(self.calibrate(scores))  # (7)
+
+
+class InnerMaps(nn.Module):
+    """The network and what the other two branches see of it, in one module for DDP."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: torch.Tensor, decode: bool = True) -> tuple[torch.Tensor, ...]:
+        """Features of stage 4, of stages 4 and 3 without gradient, and logits at stride 4."""
+        net = self.network.backbone
+        low = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(image)))))
+        middle = net.layer3(net.layer2(low))
+        high = net.layer4(middle)
+        maps = [high, torch.cat([high, middle], 1).detach()]
+        if decode:
+            maps.append(self.network.classifier(self.network.head(low, high)))
+        return tuple(full_precision(each) for each in maps)
+
+
+# === pseudo-labels ===
+def sharpen(prob: torch.Tensor, temperature: float) -> torch.Tensor:
+    """prob^(1 / temperature), renormalized over classes: (B, C, H, W)."""
+    prob = full_precision(prob)
+    power = (prob / prob.amax(1, keepdim=True)) ** (1 / temperature)  # or all may underflow
+    return power / power.sum(1, keepdim=True)
+
+
+def calibration_norm(logits: torch.Tensor, sgc_logits: torch.Tensor) -> torch.Tensor:
+    """Root mean square of both maps together, one number for the local batch."""
+    # The mean of the squares, as released: their sum would flatten every softmax.
+    squares = [full_precision(each).square().mean() for each in (logits, sgc_logits)]
+    return (sum(squares) / 2 + 1e-8).sqrt()  # (8)
+
+
+@torch.no_grad()
+def fuse_calibrated(
+    logits: torch.Tensor, sgc_logits: torch.Tensor, temperature: float = 0.5, norm: bool = True
+) -> torch.Tensor:
+    """Sharpened mean of both softmaxes, each of logits over their common norm: (B, C, H, W)."""
+    scale = calibration_norm(logits, sgc_logits) if norm else 1.0
+    probs = [(full_precision(each) / scale).softmax(1) for each in (logits, sgc_logits)]
+    return sharpen(sum(probs) / 2, temperature)  # (9)
+
+
+def make_target(logits: torch.Tensor, sgc_logits: torch.Tensor, args) -> torch.Tensor:
+    """Pseudo-labels (B, C, H, W) as the flags say."""
+    temperature = 1.0 if args.hard else args.temperature  # as released
+    if args.pseudo_source == "attention":
+        return sharpen(sgc_logits.softmax(1), temperature)
+    return fuse_calibrated(logits, sgc_logits, temperature, args.logit_norm)
+
+
+def consistency_loss(
+    logits: torch.Tensor,
+    target_prob: torch.Tensor,
+    valid: torch.Tensor,
+    threshold: float = 0.0,
+    hard: bool = False,
+) -> torch.Tensor:
+    """Cross-entropy with soft (or hard) targets: a sum over confident over the number of all valid
+    pixels of the local batch; 0 if there are none.
+
+    logits, target_prob: (B, C, H, W), no gradient to the latter; valid: (B, 1, H, W) float 0/1
+    """
+    target_prob = full_precision(target_prob.detach())
+    confidence, pseudo_label = target_prob.max(1)
+    target = pseudo_label if hard else target_prob
+    loss = F.cross_entropy(full_precision(logits), target, reduction="none")
+    counted = valid[:, 0] * (confidence >= threshold)
+    return (loss * counted).sum() / valid.sum().clamp(min=1)
+
+
+# === views ===
+def jitter_colors(
+    image: torch.Tensor,
+    brightness: torch.Tensor,
+    contrast: torch.Tensor,
+    saturation: torch.Tensor,
+    hue: torch.Tensor,
+    order: list[int],
+) -> torch.Tensor:
+    """`color_jitter`, but contrast scales from the mean of each channel of an image."""
+    for number in order:
+        if number == 1:
+            mean = image.mean((2, 3), keepdim=True)
+            factor = contrast.to(image, non_blocking=True)[:, None, None, None]
+            image = torch.lerp(mean, image, factor).clamp(0, 1)
+        else:
+            image = color_jitter(image, brightness, contrast, saturation, hue, [number])
+    return image
+
+
+def cutout_mask(height: int, width: int, center: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, 1, H, W): 0 in the square around each center (B, 2: row, column), cut at the border."""
+    top, left = (center - size // 2)[:, :, None].unbind(1)
+    y, x = torch.arange(height), torch.arange(width)
+    rows, columns = (y >= top) & (y < top + size), (x >= left) & (x < left + size)
+    return 1 - (rows[:, None, :, None] & columns[:, None, None]).float()
+
+
+def strong_view(
+    image: torch.Tensor, valid: torch.Tensor, batch_size: int, first: int, generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image with other colors and a square cut out, and where it shows: (n, 1, H, W) 0/1.
+
+    image: (n, 3, H, W) normalized, images `first` to `first + n` of the global batch
+    valid: (n, 1, H, W) float, 0 in the padding
+    """
+    here, size = slice(first, first + len(image)), image.shape[2]
+    # DIFFERS (pseudoseg.md 6): one order for the batch; the means are those of the crop.
+    order = torch.randperm(4, generator=generator).tolist()
+    shift = torch.rand(4, batch_size, generator=generator) - 0.5
+    center = torch.randint(size, (batch_size, 2), generator=generator)
+    brightness, contrast, saturation, hue = shift[:, here]
+    factors = (1 + brightness, 1 + contrast, 1 + saturation, hue / 2)
+    mean, std = statistics(image.device)
+    image = (jitter_colors((image * std + mean).clamp(0, 1), *factors, order) - mean) / std
+    # DIFFERS (pseudoseg.md 10): 100 of 513 pixels, as released, and as much of other crops.
+    mask = cutout_mask(size, size, center[here], 2 * round(50 / 513 * size))
+    valid = valid * mask.to(image.device, non_blocking=True)
+    return image * valid, valid  # 0 is the mean color
+
+
+# === sizes and schedule ===
+def upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """What `DeepLabV3Plus.forward` does with the classifier's logits."""
+    return F.interpolate(full_precision(logits), size, mode="bilinear", align_corners=True)
+
+
+def shrink(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A mask (B, 1, H, W) at another map's height and width: at i the pixel floor(i in / out)."""
+    return F.interpolate(mask, like.shape[2:])
+
+
+def ramp_up(step: int, ramp_up_steps: float) -> float:
+    """exp(-5 (1 - t)^2) with t = step / ramp_up_steps; 1 from `ramp_up_steps` on."""
+    if step >= ramp_up_steps:
+        return 1.0
+    return math.exp(-5 * (1 - step / ramp_up_steps) ** 2)
+
+
+# === losses (copied) ===
+def full_precision(logits: torch.Tensor) -> torch.Tensor:
+    """Half precision as fp32; fp32 and fp64 as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Mean over the valid pixels of the local batch; 0 if there are none.
+
+    logits: (B, C, H, W); label: (B, H, W) int64 class ids, 255 ignored
+    """
+    loss = F.cross_entropy(full_precision(logits), label, ignore_index=IGNORE, reduction="none")
+    # DIFFERS (supervised.md 6): 0 without valid pixels, not NaN.
+    return loss.sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def ohem_cross_entropy(
+    logits: torch.Tensor, label: torch.Tensor, threshold: float = 0.7, min_kept: int = 50_000
+) -> torch.Tensor:
+    """Mean cross-entropy over the hard valid pixels of the local batch; 0 if there are none.
+
+    Hard: the true class has at most probability `threshold`, or is among the `min_kept` lowest.
+    Fewer valid pixels than `min_kept`, or `min_kept` 0: plain cross-entropy.
+    """
+    loss = F.cross_entropy(full_precision(logits), label, ignore_index=IGNORE, reduction="none")
+    valid = label != IGNORE  # (B, H, W), as the loss
+    if 0 < min_kept <= label.numel():
+        with torch.no_grad():  # neither the threshold nor the choice carries gradient
+            prob = torch.where(valid, (-loss).exp(), 1.0)
+            kth_lowest = prob.flatten().kthvalue(min_kept).values
+            hard = valid & (prob <= kth_lowest.clamp(min=threshold))
+            valid = torch.where(valid.sum() >= min_kept, hard, valid)
+    return (loss * valid).sum() / valid.sum().clamp(min=1)
+
+
+def supervised_loss(logits: torch.Tensor, label: torch.Tensor, kind: str) -> torch.Tensor:
+    """`ce` or `ohem` (0.7, 50,000 pixels per image of the local batch, as in the CPS release)."""
+    if kind == "ohem":
+        return ohem_cross_entropy(logits, label, 0.7, 50_000 * len(label))
+    return cross_entropy(logits, label)
+
+
+def main(args: Args) -> dict:
+    """Train and evaluate; returns miou, best_miou, steps and run_dir."""
+    # === setup (copied) ===
+    args = resolve(args)
+    rank, world_size, device = find_device(args)
+    data, split = open_data(args)
+    run = Run(args, data, split, rank)
+    if world_size > 1:  # torchrun's store outlives its restarts, the addresses in it do not
+        store, *_ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    checkpoint = run.open()
+    start = checkpoint["step"]
+    place = (start, rank, world_size, device)
+    autocast, scaler = make_autocast(args, device)
+    protocol = Protocol(pad_to=args.crop_size, window=args.crop_size if data.sliding else None)
+
+    # === networks ===
+    batches_l = make_batches(args, data, split.labeled, "labeled", place)
+    labels = "known" if args.log_pseudo_accuracy else "none"
+    batches_u = make_batches(args, data, split.unlabeled, "unlabeled", place, None, labels)
+    classes = len(data.classes)
+    network = make_network(args, classes, "1")
+    channels = network.backbone.inplanes  # of stage 4; stage 3 has half of them
+    torch.manual_seed(stream_seed(args.seed, "weights/branches"))  # the same on every process
+    classifier = nn.Linear(channels, classes - 1)
+    attention = SelfAttention(channels + channels // 2, classes, args.attention_dim)
+    maps = InnerMaps(network)
+    ddps = [prepare(each, args, world_size, device) for each in (maps, classifier, attention)]
+    ddp, ddp_classifier, ddp_attention = ddps
+    optimizer = make_optimizer([network, classifier, attention], args, device)
+    saved = {"network": network, "classifier": classifier, "attention": attention}
+    evaluated = "network"
+
+    # === resume (copied) ===
+    saved |= {"optimizer": optimizer, "scaler": scaler}
+    for name, thing in saved.items() if start else ():
+        if state := checkpoint.pop(name):  # the scaler's is empty unless fp16
+            thing.load_state_dict(state)
+    miou, best_miou = checkpoint["miou"], checkpoint["best_miou"]
+    history, clock = [], time.perf_counter()
+    silent = True if rank else None  # None: unless stderr is a terminal
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=silent):
+        # === batch (copied) ===
+        torch.manual_seed(stream_seed(args.seed, f"step/rank {rank}", step))  # as if never stopped
+        lr = poly_lr(args.lr, step, args.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        for micro in range(args.accumulate):
+            for wrapper in ddps:  # gradients are averaged once, in the last micro-batch
+                wrapper.require_backward_grad_sync = micro == args.accumulate - 1
+            image_l, label_l = next(batches_l)
+
+            # === loss ===
+            image_u, label_u = next(batches_u)
+            n = len(image_l)
+            first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
+            draw = step_generator(args.seed, "strong view", step)
+            # DIFFERS (pseudoseg.md 7): for the attention, void pixels are outside like padding.
+            valid_l, valid_u = ((y != IGNORE)[:, None].float() for y in (label_l, label_u))
+            image_s, valid_u = strong_view(image_u, valid_u, args.batch_size, first, draw)
+
+            # The weak view is a context of its own: autocast would hand its weights without
+            # gradient to the next forward.
+            with torch.no_grad(), autocast:
+                network.eval()  # the CAM sees running statistics, the decoder those of its batch
+                high_w, hypercolumn_w = ddp(image_u, decode=False)
+                network.train()
+                *_, logits_w = ddp(image_u)
+            with autocast:
+                # DIFFERS (pseudoseg.md 2): one forward of the labeled images, not two.
+                high_l, hypercolumn_l, logits_l = ddp(image_l)
+                *_, logits_s = ddp(image_s)
+            valid_u = shrink(valid_u, logits_w)
+            with torch.no_grad():
+                present_w = (classifier(high_w.mean((2, 3))) >= 0).float()
+                cam_w = grad_cam(high_w, classifier.weight, present_w)
+                sgc_w = attention(hypercolumn_w, cam_w, shrink(valid_u, cam_w))
+                sgc_w = upsample(sgc_w, logits_w.shape[2:])
+                target = make_target(logits_w, sgc_w, args)
+            present_l = image_labels(label_l, len(data.classes))
+            cam_l = grad_cam(high_l, classifier.weight, present_l)
+            sgc_l = ddp_attention(hypercolumn_l, cam_l, shrink(valid_l, cam_l))
+            class_logits = ddp_classifier(high_l.mean((2, 3)))
+
+            logits_l, sgc_l = (upsample(z, image_l.shape[2:]) for z in (logits_l, sgc_l))
+            loss_sup = supervised_loss(logits_l, label_l, args.supervised_loss)
+            loss_unsup = consistency_loss(logits_s, target, valid_u, args.threshold, args.hard)
+            loss_attention = cross_entropy(sgc_l, label_l)
+            loss_classification = classification_loss(class_logits, present_l)
+            weight = args.lambda_u * ramp_up(step, args.ramp_up * args.steps)
+            loss = loss_sup + weight * loss_unsup + loss_attention
+            loss = loss + args.lambda_classification * loss_classification
+
+            logs = {"loss/sup": loss_sup, "loss/unsup": loss_unsup}
+            logs |= {"loss/attention": loss_attention, "loss/classification": loss_classification}
+            logs["pseudo/confidence"] = target.amax(1).mean()
+            logs["pseudo/norm"] = calibration_norm(logits_w, sgc_w)
+            logs["pseudo/classes"] = present_w.sum(1).mean()
+            agreement = (sgc_w.argmax(1) == logits_w.argmax(1)).float().mean()
+            logs["pseudo/attention_agreement"] = agreement
+            if args.log_pseudo_accuracy:
+                known = shrink(label_u[:, None].float(), target)[:, 0]
+                logs["pseudo/accuracy"] = pixel_accuracy(target.argmax(1), known)
+            pictures = {
+                "labeled": ([image_l], [label_l, logits_l, sgc_l]),
+                "unlabeled": ([image_u, image_s], [logits_w, sgc_w, target]),
+            }
+
+            # === backward (copied) ===
+            scaler.scale(loss / args.accumulate).backward()
+            history.append({name: value.detach() for name, value in logs.items()})
+
+        # === step (copied) ===
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # === report (copied) ===
+        done, last = step + 1, step + 1 == args.steps
+        eval_now = last or done % args.eval_every == 0
+        save_now = last or done % args.save_every == 0
+        if not (eval_now or save_now or done % args.log_every == 0):
+            continue
+        row = average(history, done, args.accumulate, world_size)  # makes a GPU wait
+        images = args.batch_size * len(history) / args.accumulate  # labeled ones
+        row |= {"lr": lr, "time/images_per_s": images / (time.perf_counter() - clock)}
+        if eval_now:
+            with autocast:
+                row |= validate(saved[evaluated], data, protocol, device, args.num_workers)
+            miou = row["val/miou"]
+        run.log(done, row, pictures if eval_now else {})
+        is_best, best_miou = miou > best_miou, max(miou, best_miou)
+        scores = {"step": done, "miou": miou, "best_miou": best_miou, "evaluated": evaluated}
+        if is_best:
+            run.save("best.pt", scores | {evaluated: saved[evaluated].state_dict()})
+        if save_now:
+            run.save("last.pt", scores | {name: x.state_dict() for name, x in saved.items()})
+        history, clock = [], time.perf_counter()
+
+    # === finish (copied) ===
+    run.close(f"mIoU {100 * miou:.2f} (last), {100 * best_miou:.2f} (best), {protocol}")
+    return {"miou": miou, "best_miou": best_miou, "steps": args.steps, "run_dir": str(run.folder)}
+
+
+# === model (copied) ===
+class SlimBottleneck(Bottleneck):
+    """torchvision's bottleneck with outputs of 64 to 512 channels instead of 256 to 2048."""
+
+    expansion = 1
+
+
+# name: (block, blocks per stage, stages without stride, width of the 3x3, head width, ASPP rates)
+BACKBONES = {
+    "resnet50": (Bottleneck, [3, 4, 6, 3], [False, False, True], 64, 256, (6, 12, 18)),
+    "resnet101": (Bottleneck, [3, 4, 23, 3], [False, False, True], 64, 256, (6, 12, 18)),
+    "resnet14": (SlimBottleneck, [1, 1, 1, 1], [False, True, True], 32, 64, (2, 4, 6)),
+}
+
+
+def conv(inputs: int, outputs: int, size: int, dilation: int = 1) -> nn.Conv2d:
+    """A convolution that keeps height and width, without bias."""
+    return nn.Conv2d(inputs, outputs, size, 1, dilation * (size // 2), dilation, bias=False)
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling; the image-level branch is added, not concatenated."""
+
+    def __init__(self, in_channels: int, hidden: int, out_channels: int, rates: tuple[int, ...]):
+        super().__init__()
+        self.branches = nn.ModuleList([conv(in_channels, hidden, 1)])
+        self.branches += [conv(in_channels, hidden, 3, rate) for rate in rates]
+        self.branches_bn = nn.BatchNorm2d(hidden * len(self.branches))
+        self.project = conv(hidden * len(self.branches), out_channels, 1)
+        self.pool = conv(in_channels, hidden, 1)
+        self.pool_bn = nn.BatchNorm2d(hidden)
+        self.pool_project = conv(hidden, out_channels, 1)
+        self.out_bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        branches = torch.cat([branch(features) for branch in self.branches], dim=1)
+        out = self.project(F.leaky_relu(self.branches_bn(branches), 0.01))
+        pooled = self.pool(features.mean((2, 3), keepdim=True))  # (B, hidden, 1, 1)
+        out = out + self.pool_project(F.leaky_relu(self.pool_bn(pooled), 0.01))
+        return F.leaky_relu(self.out_bn(out), 0.01)
+
+
+class Head(nn.Module):
+    """DeepLabV3+ decoder: stage 1 and stage 4 features -> (B, width, H/4, W/4)."""
+
+    def __init__(self, low: int, high: int, width: int, rates: tuple[int, ...]):
+        super().__init__()
+        self.aspp, reduced = ASPP(high, width, width, rates), 48 * width // 256
+        self.reduce = nn.Sequential(conv(low, reduced, 1), nn.BatchNorm2d(reduced), nn.ReLU())
+        self.fuse = nn.Sequential(
+            conv(width + reduced, width, 3), nn.BatchNorm2d(width), nn.ReLU(),
+            conv(width, width, 3), nn.BatchNorm2d(width), nn.ReLU(),
+        )  # fmt: skip
+
+    def forward(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        high = F.interpolate(self.aspp(high), low.shape[2:], mode="bilinear", align_corners=True)
+        return self.fuse(torch.cat([high, self.reduce(low)], dim=1))
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+ as in the CPS release, on torchvision's ResNet, output stride 16 (resnet14: 8).
+
+    (B, 3, H, W) normalized images -> (B, C, H, W) logits
+    """
+
+    # DIFFERS (supervised.md 1): a 7x7 stem, not three 3x3, so that torchvision's weights load.
+    def __init__(self, num_classes: int, backbone: str = "resnet50"):
+        super().__init__()
+        block, depths, unstrided, inner, width, rates = BACKBONES[backbone]
+        self.backbone = ResNet(
+            block, depths, replace_stride_with_dilation=unstrided, width_per_group=inner
+        )
+        self.backbone.fc = nn.Identity()  # an unused layer would stall DDP
+        for unit, dilation in zip(self.backbone.layer4, (2, 4, 8), strict=False):
+            unit.conv2.dilation = unit.conv2.padding = (dilation, dilation)
+        self.head = Head(64 * block.expansion, 512 * block.expansion, width, rates)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        for module in [*self.head.modules(), self.classifier]:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def encode(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stage 1 (stride 4) and stage 4 features."""
+        net = self.backbone
+        low = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(image)))))
+        return low, net.layer4(net.layer3(net.layer2(low)))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits = full_precision(self.classifier(self.head(*self.encode(image))))  # or argmax ties
+        return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=True)
+
+
+def make_network(args, num_classes: int, name: str) -> DeepLabV3Plus:
+    """A network that starts from (seed, name), its encoder from torchvision's weights or a file."""
+    torch.manual_seed(stream_seed(args.seed, f"weights/{name}"))
+    network = DeepLabV3Plus(num_classes, args.backbone)
+    if args.weights == "none" or (dist.is_initialized() and dist.get_rank() > 0):
+        return network  # DDP gives every process rank 0's
+    try:
+        if args.weights == "imagenet":
+            weights = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1
+            state = weights.get_state_dict(check_hash=True)
+        else:
+            state = torch.load(args.weights, map_location="cpu", weights_only=True)
+        state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+        network.backbone.load_state_dict(state)
+    except Exception as error:  # torch raises many kinds for a bad file
+        mend = f"use none, a file, or put imagenet's into {torch.hub.get_dir()}/checkpoints"
+        raise UserError(f"--weights {args.weights}, {args.backbone}: {error}; {mend}") from None
+    return network
+
+
+# === training (copied) ===
+def prepare(network: nn.Module, args, world_size: int, device: torch.device) -> nn.Module:
+    """Move a module to its device; returns what to call for training, itself or its DDP wrapper."""
+    if world_size > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        network.compile()
+    if world_size == 1:
+        return network
+    # Buffers stay local: a broadcast between two forwards would change what backward needs.
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def make_batches(args, data, ids, stream, place, partner=None, labels="all"):
+    """Endless micro-batches of weak views: (B, 3, H, W) normalized and (B, H, W) int64.
+
+    `place`: (first step, rank, world_size, device). See `MicroBatches` and `Samples` for the rest.
+    """
+    start, rank, world_size, device = place
+    sampler = StreamSampler(len(ids), args.batch_size, args.seed, rank, world_size, start, stream)
+    loader = DataLoader(
+        Samples(data, ids, WeakView(args.crop_size, data.scales), labels),
+        batch_sampler=MicroBatches(sampler, args.accumulate, partner),
+        num_workers=args.num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # of its own: a loader draws a seed from it
+    )
+    on_device = ([part.to(device, non_blocking=True) for part in batch] for batch in loader)
+    return ((normalize(image), label.long()) for image, label in on_device)
+
+
+def make_optimizer(networks, args, device: torch.device) -> torch.optim.Optimizer:
+    """One optimizer for all networks: without clipping the same as one for each."""
+    groups: dict[tuple[float, float], list] = {}
+    for name, parameter in (item for network in networks for item in network.named_parameters()):
+        lr_mult = 1.0 if name.startswith("backbone.") else args.head_lr_mult
+        weight_decay = args.weight_decay if parameter.ndim > 1 else 0.0  # not BN and biases
+        groups.setdefault((lr_mult, weight_decay), []).append(parameter)
+    groups = [{"params": p, "lr_mult": m, "weight_decay": w} for (m, w), p in groups.items()]
+    fused = device.type in ("cpu", "cuda")
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, args.lr, momentum=args.momentum, fused=fused)
+    return torch.optim.AdamW(groups, args.lr, betas=(args.momentum, 0.999), fused=fused)
+
+
+def make_autocast(args, device: torch.device):
+    """(autocast context, gradient scaler); each does nothing where it is not wanted."""
+    amp = args.amp
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    return torch.autocast(device.type, dtype, enabled=amp in ("bf16", "fp16")), scaler
+
+
+def poly_lr(base_lr: float, step: int, total_steps: int, power: float = 0.9) -> float:
+    """base_lr (1 - step / total_steps)^power."""
+    return base_lr * (1 - step / total_steps) ** power
+
+
+def average(history: list[dict], done: int, accumulate: int, world_size: int) -> dict[str, float]:
+    """Means of what the micro-batches up to step `done` logged; all must be finite."""
+    values = torch.stack([torch.stack(list(logs.values())) for logs in history]).float()
+    if world_size > 1:
+        dist.all_reduce(values)
+    values, names = values.cpu() / world_size, list(history[0])
+    for micro, term in (~values.isfinite()).nonzero().tolist():
+        step = done - (len(history) - 1 - micro) // accumulate
+        raise FloatingPointError(f"{names[term]} is {values[micro, term]} at step {step}")
+    return dict(zip(names, values.mean(0).tolist(), strict=True))
+
+
+# === run (copied) ===
+def resolve(args):
+    """Fill what is None from the data set's row of PAPER; hold every number to its kind's range."""
+    row = PAPER[args.dataset] | {"eval_every": lambda args: max(1, args.steps // 10)}
+    for field in fields(args):  # in order: an entry may look at those before it
+        name, value = field.name, getattr(args, field.name)
+        if value is None and name in row:
+            value = row[name](args) if callable(row[name]) else row[name]
+            args = replace(args, **{name: value})
+        kinds = (field.type, *get_args(field.type))  # of Count | None, Count has the range
+        ranges = [kind.__metadata__ for kind in kinds if hasattr(kind, "__metadata__")]
+        for least, most in ranges if value is not None else ():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(least <= number <= most and number < math.inf for number in numbers):
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise UserError(f"{flag}: must lie in [{least}, {most}]")
+    return args
+
+
+def find_device(args) -> tuple[int, int, torch.device]:
+    """(rank, world_size, device) from torchrun's variables; one process when there are none."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, here = (int(os.environ.get(f"LOCAL_{n}", 0)) for n in ("RANK", "WORLD_SIZE"))
+    count = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": world_size}
+    kind = next(k for k in count if count[k]) if args.device == "auto" else args.device
+    if max(here, 1) > count[kind]:  # found by all processes of a machine, so that rank 0 says it
+        raise UserError(f"--device {kind}: {count[kind]} here; use fewer processes, or cpu")
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when deterministic
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    # SyncBN joins the processes' micro-batches on GPUs; elsewhere each has its own statistics.
+    share, rest = divmod(args.batch_size, world_size * args.accumulate)
+    if rest or share * (world_size if kind == "cuda" else 1) < 2:
+        each = f"{world_size} processes x --accumulate {args.accumulate}"
+        mend = f"use a multiple of {each}, and 2 images or more for a BatchNorm"
+        raise UserError(f"--batch-size {args.batch_size}: {mend}")
+    return rank, world_size, device
+
+
+# Flags that may change between the parts of one run: none changes its numbers but by rounding.
+NEUTRAL = (
+    "output_dir device compile deterministic num_workers data_root download check_data log_every "
+    "eval_every save_every log_pseudo_accuracy"
+).split()
+
+
+class Run:
+    """The run directory: arguments, checkpoints, log, TensorBoard. Rank 0 alone writes."""
+
+    def __init__(self, args, data, split, rank: int):
+        names = [args.dataset, split.slug, args.exp_name, args.backbone, f"s{args.seed}"]
+        self.folder, self.rank = Path(args.output_dir) / "__".join(names), rank
+        self.last = self.folder / "last.pt"
+        self.args = asdict(args) | {"script": Path(__file__).stem, "split_identity": split.identity}
+        self.meta = {"args": self.args, "classes": data.classes, "palette": data.palette}
+        if self.last.exists():
+            before = json.loads((self.folder / "args.json").read_text())
+            now = json.loads(json.dumps(self.args))  # tuples as lists
+            changed = [k for k in now if k not in NEUTRAL and before.get(k) != now[k]]
+            if changed:
+                pairs = ", ".join(f"{k} {before.get(k)} -> {now[k]}" for k in changed)
+                mend = "use another --exp-name to keep it, or delete it"
+                raise UserError(f"{self.folder} holds a run with other arguments, {pairs}; {mend}")
+
+    def open(self) -> dict:
+        """Begin the files or continue them; returns the last checkpoint, on every process."""
+        last = [{"step": 0, "miou": -1.0, "best_miou": -1.0, "log_bytes": 0}]
+        if self.rank == 0:
+            if self.last.exists():
+                try:
+                    last = [torch.load(self.last, map_location="cpu", weights_only=True)]
+                except Exception as error:  # torch raises many kinds for a damaged file
+                    raise UserError(f"{self.last}: {error}; delete it to start anew") from None
+            self.begin(**last[0])
+        if dist.is_initialized():
+            dist.broadcast_object_list(last)
+        return last[0]
+
+    def begin(self, step: int, log_bytes: int, **_) -> None:
+        """Open the files; rows of the log from after the checkpoint are cut."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows = (self.folder / "log.jsonl").open("a")
+        claim(self.rows)  # keeps a second run out
+        self.rows.truncate(log_bytes)
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        if step == 0:
+            shutil.copy(__file__, self.folder)
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
+        env = {"command": sys.argv, "torch": torch.__version__, "gpu": gpu, "commit": commit}
+        (self.folder / "env.json").write_text(json.dumps(env, indent=1))
+        (self.folder / "args.json").write_text(json.dumps(self.args, indent=1))
+        how = f"from step {step}; stop it at any time, the same command continues"
+        print(self.folder, json.dumps(self.args), how, sep="\n", flush=True)
+
+    def log(self, step: int, row: dict[str, float], pictures: dict[str, tuple[list, list]]) -> None:
+        """One JSON object, the same keys in TensorBoard, and a line; pictures: (images, maps)."""
+        if self.rank == 0:
+            self.rows.write(json.dumps({"step": step} | row) + "\n")
+            self.rows.flush()
+            for key, value in row.items():
+                self.writer.add_scalar(key, value, step)
+            for name, (images, maps) in pictures.items():
+                self.writer.add_image(name, side_by_side(images, maps, self.meta["palette"]), step)
+            shown = [f"{k} {v:.4g}" for k, v in row.items() if not k.startswith("val/iou/")]
+            tqdm.write("  ".join([f"step {step}", *shown]), file=sys.stderr)
+
+    def save(self, name: str, state: dict) -> None:
+        """Write atomically: whenever process or machine die, the file is whole, old or new."""
+        if self.rank == 0:
+            part = self.folder / f"{name}.part"
+            with part.open("wb") as file:
+                torch.save({"meta": self.meta, "log_bytes": self.rows.tell()} | state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self.folder / name)
+
+    def close(self, result: str) -> None:
+        if self.rank == 0:
+            self.rows.close()
+            self.writer.close()
+            predict = f"python predict.py {self.folder}/last.pt IMAGE --out predictions"
+            print(f"{self.folder}: {result}; {predict}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def command_line() -> None:
+    """`main` with the command line's flags; a mistake in the input is one line, exit code 2."""
+    try:
+        main(tyro.cli(Args))
+    except (UserError, OSError, FloatingPointError) as error:
+        # Before the processes meet, all find the same mistake; afterwards it is this one's own.
+        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: last.pt is whole
+    command_line()
