@@ -31,6 +31,7 @@ SCRIPTS = {
     "gct": "cps",
     "cmb": "mean_teacher",
     "dcc": "supervised",
+    "self_training": "supervised",
 }
 # Names that several papers use for different things (the interface fixes them).
 OWN_TEXT = {
