@@ -109,7 +109,8 @@ class Args:
 
 # === paper ===
 # Sources: CPS repository 5e0c29c; camvid and shapes are ours. An entry that depends on other flags
-# is a function of them. `steps` are those of all trainings, each as long as supervised.py's one.
+# is a function of them.
+# DIFFERS (self_training.md 3): every training is as long as supervised.py's, `steps` are the whole.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 PAPER = {
     "voc": dict(
@@ -138,7 +139,7 @@ PAPER["folder"] = PAPER["voc"] | dict(
 
 # === method ===
 def trainings(args) -> int:
-    """Labeled images; (ST++: with the reliable half;) with all unlabeled images."""
+    """Of a run: on labeled images, (ST++: with the reliable half,) with all unlabeled ones."""
     return 3 if args.plus else 2
 
 
@@ -271,17 +272,20 @@ def loss_parts(
 
 # === pseudo-labels ===
 class PseudoLabeled:
-    """A data set whose unlabeled images have pseudo-labels: files in a run directory.
+    """A data set whose unlabeled images have pseudo-labels and scores: files in a run directory.
 
     Its entries are (image id, whether that is a labeled image).
     """
 
     def __init__(self, data, folder: Path):
         self.data, self.folder, self.scales = data, folder, data.scales
-        self.scores = folder / "reliability.json"  # image id -> score
+        self.score_file = folder / "reliability.json"
 
     def file(self, image_id: str) -> Path:
         return self.folder / "pseudo" / f"{image_id}.png"
+
+    def scores(self) -> dict[str, float]:
+        return json.loads(self.score_file.read_text())
 
     def label(self, image_id: str) -> torch.Tensor:
         return tv_tensors.Mask(torch.from_numpy(decode(self.file(image_id), None)))
@@ -339,7 +343,7 @@ def write_pseudo_labels(args, network, joint: PseudoLabeled, ids, place, autocas
 def write_scores(args, network, joint: PseudoLabeled, ids, place, autocast) -> None:
     """`stability_score` of every image, if there is no file yet: their share on every process."""
     _, rank, world_size, device = place
-    if joint.scores.exists():
+    if joint.score_file.exists():
         return
     files = [joint.folder / f"step_{n}.pt" for n in checkpoint_steps(args.steps // trainings(args))]
     networks = [load_weights(copy.deepcopy(network), file) for file in files[:-1]] + [network]
@@ -356,7 +360,7 @@ def write_scores(args, network, joint: PseudoLabeled, ids, place, autocast) -> N
         dist.all_reduce(scores)
     if rank == 0:
         scores = dict(zip(ids, scores.tolist(), strict=True))
-        write_file(joint.scores, json.dumps(scores, indent=1).encode())
+        write_file(joint.score_file, json.dumps(scores, indent=1).encode())
     if world_size > 1:
         dist.barrier()
 
@@ -364,7 +368,7 @@ def write_scores(args, network, joint: PseudoLabeled, ids, place, autocast) -> N
 def used_images(args, joint: PseudoLabeled, ids, stage: int) -> list[str]:
     """The unlabeled images of a training: none, (ST++: the reliable half,) all."""
     if args.plus and stage == 1:
-        scores = json.loads(joint.scores.read_text())
+        scores = joint.scores()
         reliable, _ = select_reliable([scores[image_id] for image_id in ids])
         return [ids[index] for index in reliable]
     return [*ids] if stage > 0 else []
@@ -459,7 +463,7 @@ def main(args: Args) -> dict:
     joint, notes = PseudoLabeled(data, run.folder), {}  # notes: for the next row of the log
     if start == 0 and rank == 0:  # left by a run whose last.pt was deleted
         shutil.rmtree(run.folder / "pseudo", ignore_errors=True)
-        joint.scores.unlink(missing_ok=True)
+        joint.score_file.unlink(missing_ok=True)
     network = make_network(args, len(data.classes), "1")
     ddp = prepare(network, args, world_size, device)
     optimizer = make_optimizer([network], args, device)
@@ -490,7 +494,7 @@ def main(args: Args) -> dict:
             write_pseudo_labels(args, network, joint, used, place, autocast)
 
             if args.plus and stage == 1:
-                scores = json.loads(joint.scores.read_text())
+                scores = joint.scores()
                 notes["pseudo/reliability"] = mean(scores.values())
                 notes["pseudo/reliability_chosen"] = mean(scores[image_id] for image_id in used)
             known = [i for i in used if args.log_pseudo_accuracy and data.has_label(i)]

@@ -1,5 +1,6 @@
 """A run that is killed at any moment and started again ends with the same bits."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -131,10 +132,10 @@ def test_dropout_and_accumulation_resume(name, quick, monkeypatch):
 
 def stop_in(script, monkeypatch, step: int) -> None:
     """Ctrl-C during the given step."""
-    poly_lr = script.poly_lr
+    poly_lr, calls = script.poly_lr, itertools.count(1)  # one a step, from the first on
 
     def interrupted(base_lr, now, total_steps):
-        if now == step - 1:
+        if next(calls) == step:
             os.kill(os.getpid(), signal.SIGINT)
         return poly_lr(base_lr, now, total_steps)
 
