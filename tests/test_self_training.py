@@ -2,11 +2,13 @@
 code; runs that are stopped anywhere; labels by one process and by two.
 """
 
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -274,29 +276,19 @@ def labels_of(args) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder_of(args).glob("pseudo/*")}
 
 
-class Stop:
-    """Ctrl-C at the n-th call of a function of the script, from now on."""
+@contextmanager
+def stop(monkeypatch, name: str, number: int):
+    """Ctrl-C at the n-th call of a function of the script."""
+    function, calls = getattr(self_training, name), itertools.count(1)
 
-    def __init__(self, monkeypatch, name: str, number: int):
-        self.patch, self.name, self.number = monkeypatch, name, number
+    def interrupted(*args, **kwargs):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*args, **kwargs)
 
-    def __enter__(self):
-        function, calls = getattr(self_training, self.name), []
-
-        def interrupted(*args, **kwargs):
-            calls.append(args)
-            if len(calls) == self.number:
-                os.kill(os.getpid(), signal.SIGINT)
-            return function(*args, **kwargs)
-
-        self.context = self.patch.context()
-        self.context.__enter__().setattr(self_training, self.name, interrupted)
-        self.raises = pytest.raises(KeyboardInterrupt)
-        return self.raises.__enter__()
-
-    def __exit__(self, *error):
-        self.context.__exit__(*error)
-        return self.raises.__exit__(*error)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(self_training, name, interrupted)
+        yield
 
 
 @systems
@@ -304,7 +296,7 @@ def test_the_first_training_is_the_baseline(flags, quick, monkeypatch):
     """Bit for bit, optimizer included."""
     length = 4
     args = quick(Args, steps=length * self_training.trainings(Args(**flags)), **flags)
-    with Stop(monkeypatch, "write_pseudo_labels", 1):
+    with stop(monkeypatch, "write_pseudo_labels", 1):
         main(args)
     baseline = supervised.main(quick(supervised.Args, steps=length))
     assert_same(weights(folder_of(args)), weights(baseline["run_dir"]))
@@ -380,7 +372,7 @@ def test_who_labels_and_how(flags, quick, monkeypatch):
     scores = iter([0.9, 0.2, 0.3, 0.1])
     monkeypatch.setattr(self_training, "validate", lambda *_: {"val/miou": next(scores)})
     args = quick(Args, steps=40, lr=3e-3, eval_every=10, **flags)
-    with Stop(monkeypatch, "make_network", 2):  # after labeling
+    with stop(monkeypatch, "make_network", 2):  # after labeling
         main(args)
     folder = folder_of(args)
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == 20
@@ -397,7 +389,7 @@ def test_who_labels_and_how(flags, quick, monkeypatch):
 
 def test_scores_compare_the_three_checkpoints(quick, monkeypatch):
     args = quick(Args, steps=36, lr=3e-3, plus=True)
-    with Stop(monkeypatch, "write_pseudo_labels", 1):
+    with stop(monkeypatch, "write_pseudo_labels", 1):
         main(args)
     folder = folder_of(args)
     scores = json.loads((folder / "reliability.json").read_text())
@@ -471,6 +463,7 @@ def test_batches_hold_the_files_labels(quick, monkeypatch):
 
 
 STOPS = {
+    "best": [("poly_lr", 3), ("write_file", 5), ("poly_lr", 9)],  # after best.pt is another's
     "plain": [("poly_lr", 3), ("write_file", 5), ("poly_lr", 9)],
     "ST": [("poly_lr", 4), ("write_file", 13), ("poly_lr", 2)],
     "ST++": [
@@ -483,15 +476,14 @@ STOPS = {
 @pytest.mark.parametrize("system", STOPS)
 def test_stopped_anywhere_it_ends_with_the_same_bits(system, quick, monkeypatch):
     """In a training, while scoring, while labeling, and again; files and log rows as well."""
-    args = quick(
-        Args, steps=24, save_every=5, log_every=1, eval_every=5, log_pseudo_accuracy=True,
-        exp_name="stopped", **SYSTEMS[system],
-    )  # fmt: skip
+    args = quick(Args, steps=24, save_every=5, log_every=1, eval_every=5, log_pseudo_accuracy=True)
+    flags = SYSTEMS.get(system, {"teacher": "best", "save_every": 100})
+    args = replace(args, exp_name="stopped", **flags)
     whole = replace(args, exp_name="whole")
     expected = main(whole)
     written = []
     for name, number in STOPS[system]:
-        with Stop(monkeypatch, name, number):
+        with stop(monkeypatch, name, number):
             main(args)
         written.append(len(labels_of(args)))
     labels = {file: file.stat().st_mtime_ns for file in folder_of(args).glob("pseudo/*.png")}
@@ -527,7 +519,7 @@ def test_two_processes_write_the_labels_of_one(quick, monkeypatch):
     """From one checkpoint: scores, and the labels of the half that they choose."""
     args = quick(Args, steps=6, plus=True, exp_name="labels", split="1003")
     monkeypatch.undo()  # the processes see all images, and so must this one
-    with Stop(monkeypatch, "write_scores", 1):
+    with stop(monkeypatch, "write_scores", 1):
         main(replace(args, exp_name="labels-1"))
     first = folder_of(replace(args, exp_name="labels-1"))
     second = first.with_name(first.name.replace("labels-1", "labels-2"))
