@@ -43,6 +43,7 @@ from tqdm import tqdm
 from common import UserError, claim
 from common.datasets import (
     IGNORE,
+    UNKNOWN,
     MicroBatches,
     Samples,
     StreamSampler,
@@ -375,16 +376,18 @@ def used_images(args, joint: PseudoLabeled, ids, stage: int) -> list[str]:
 
 
 def pseudo_miou(joint: PseudoLabeled, ids, place) -> float:
-    """mIoU of the files against the true labels of these images: for the log alone."""
+    """mIoU of the files over the pixels whose class is known, 0 if there are none."""
     _, rank, world_size, device = place
+    samples = Samples(joint.data, ids, v2.Identity(), "known")
     confusion = torch.zeros(2 * [len(joint.data.classes)], dtype=torch.int64)
-    for image_id in ids[rank::world_size]:
-        _, truth = joint.data.load(image_id)
-        confusion += confusion_matrix(truth, joint.label(image_id), len(confusion))
+    for index in range(rank, len(ids), world_size):
+        _, truth = samples[index, 0]
+        truth[truth == UNKNOWN] = IGNORE
+        confusion += confusion_matrix(truth, joint.label(ids[index]), len(confusion))
     if world_size > 1:
         confusion = confusion.to(device)
         dist.all_reduce(confusion)
-    return mean_iou(confusion)
+    return mean_iou(confusion) if confusion.any() else 0.0
 
 
 def load_weights(network: nn.Module, checkpoint: Path) -> nn.Module:
@@ -497,9 +500,8 @@ def main(args: Args) -> dict:
                 scores = joint.scores()
                 notes["pseudo/reliability"] = mean(scores.values())
                 notes["pseudo/reliability_chosen"] = mean(scores[image_id] for image_id in used)
-            known = [i for i in used if args.log_pseudo_accuracy and data.has_label(i)]
-            if known:
-                notes["pseudo/miou"] = pseudo_miou(joint, known, place)
+            if args.log_pseudo_accuracy:
+                notes["pseudo/miou"] = pseudo_miou(joint, used, place)
 
             network = make_network(args, len(data.classes), str(stage + 1))
             ddp = prepare(network, args, world_size, device)

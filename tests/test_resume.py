@@ -39,7 +39,7 @@ def run(name: str, args, dropout: bool = False, command_line: bool = False) -> N
     torch.set_num_threads(1)
     from common.datasets import Shapes
 
-    Shapes.val_ids = Shapes.val_ids[:3]
+    Shapes.val_ids, Shapes.train_ids = Shapes.val_ids[:3], Shapes.train_ids[:40]
     script = SCRIPTS[name]
     if dropout:
         script.DeepLabV3Plus = WithDropout
@@ -83,7 +83,9 @@ def logged_rows(args) -> int:
     return log[0].count("\n") if log else 0
 
 
-@pytest.mark.parametrize(("name", "workers"), [("supervised", 2), ("cps", 0), ("cps", 2)])
+@pytest.mark.parametrize(("name", "workers"), [
+    ("supervised", 2), ("cps", 0), ("cps", 2), ("self_training", 2),
+])  # fmt: skip
 def test_killed_at_random_moments(name, workers, quick):
     """KILLS SIGKILLs (4), dropout in the network; the log has every row once, too."""
     args = quick(

@@ -335,7 +335,12 @@ def test_it_trains(flags, quick):
     for file in files:
         label = np.asarray(Image.open(file))
         assert label.shape == (64, 64) and label.dtype == np.uint8 and label.max() < 8
-    assert 0 < rows[bounds[1]]["pseudo/miou"] < 1
+    if "plus" not in flags:  # all of them were in use in one training
+        labels = np.stack([np.asarray(Image.open(file)) for file in files])
+        truth = np.stack([Shapes(Path()).load(file.stem)[1].numpy() for file in files])
+        both = [(labels == c, truth == c) for c in range(8)]
+        iou = [(a & b).sum() / ((a | b) & (truth != 255)).sum() for a, b in both if (a | b).any()]
+        assert rows[bounds[1]]["pseudo/miou"] == pytest.approx(np.mean(iou))
     assert ("pseudo/reliability" in rows[bounds[1]]) == ("plus" in flags)
     if "plus" in flags:
         scores = json.loads((folder / "reliability.json").read_text())
@@ -572,16 +577,19 @@ def test_own_photos_in_subfolders_and_without_masks(tmp_path, monkeypatch, capsy
     flags = [
         "--dataset", "folder", "--data-root", folder, "--backbone", "resnet14", "--weights", "none",
         "--device", "cpu", "--batch-size", 4, "--crop-size", 32, "--steps", 4, "--num-workers", 2,
-        "--output-dir", tmp_path / "runs", "--log-pseudo-accuracy", "--unlabeled", "all",
+        "--output-dir", tmp_path / "runs", "--log-pseudo-accuracy", "--log-every", 1,
     ]  # fmt: skip
-    code, _, err = call(self_training, monkeypatch, capsys, *flags)
-    assert code == 0, err
-    (run,) = tmp_path.glob("runs/*")
-    files = sorted(p.relative_to(run / "pseudo").as_posix() for p in run.rglob("pseudo/**/*.png"))
-    assert files == [f"img{n}.png" for n in (0, 1, 2, 3, 6, 7)] + [
-        "more/img8.v1.png", "more/img9.v1.png",
-    ]  # fmt: skip
-    assert Image.open(run / "pseudo" / files[0]).size == (48, 40)
+    for which, known in (("rest", False), ("all", True)):
+        more = ["--unlabeled", which, "--exp-name", which]
+        code, _, err = call(self_training, monkeypatch, capsys, *flags, *more)
+        assert code == 0, err
+        (run,) = tmp_path.glob(f"runs/*__{which}__*")
+        files = [p.relative_to(run / "pseudo").as_posix() for p in run.rglob("pseudo/**/*.png")]
+        expected = ["img6.png", "img7.png", "more/img8.v1.png", "more/img9.v1.png"]
+        labeled = ["img0.png", "img1.png", "img2.png", "img3.png"] if known else []
+        assert sorted(files) == labeled + expected
+        assert Image.open(run / "pseudo" / files[0]).size == (48, 40)
+        assert (read_log(run)[2]["pseudo/miou"] > 0) == known  # where no mask is, none is asked
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
