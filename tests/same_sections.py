@@ -32,6 +32,7 @@ SCRIPTS = {
     "cmb": "mean_teacher",
     "dcc": "supervised",
     "pseudoseg": "supervised",
+    "self_training": "supervised",
 }
 # Names that several papers use for different things (the interface fixes them).
 OWN_TEXT = {
