@@ -21,6 +21,7 @@ from common.datasets import DATASETS, IMAGE_SUFFIXES, decode, open_dataset
 from common.evaluation import Protocol, colorize, predict, validate
 from common.transforms import normalize
 from supervised import DeepLabV3Plus
+from unimatch_v2 import BACKBONES, DPT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,9 @@ def load(path: Path, device: torch.device, name: str | None = None):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         meta = checkpoint["meta"]
-        network = DeepLabV3Plus(len(meta["classes"]), meta["args"]["backbone"])
+        backbone = meta["args"]["backbone"]
+        network_class = DPT if backbone in BACKBONES else DeepLabV3Plus
+        network = network_class(len(meta["classes"]), backbone)
         names = [
             key for key, value in checkpoint.items()
             if isinstance(value, dict) and value.keys() == network.state_dict().keys()
@@ -145,7 +148,8 @@ def main(args: Args) -> float | None:
     network, meta = load(args.checkpoint, device, args.network)
     crop = meta["args"]["crop_size"]
     sliding = DATASETS[meta["args"]["dataset"]].sliding
-    protocol = Protocol(pad_to=crop, window=crop if sliding else None)
+    pad_to = 1 if isinstance(network, DPT) else crop  # DPT resizes, others pad
+    protocol = Protocol(pad_to=pad_to, window=crop if sliding else None)
     protocol = replace(protocol, scales=args.scales, flip=args.flip)
     if args.images:
         predict_files(args, network, meta, protocol, device)

@@ -415,11 +415,13 @@ def main(args: Args) -> dict:
             weight = args.lambda_u * ramp_up(step, args.ramp_up * args.steps)
             loss = (loss_sup + weight * loss_cons) / 2
 
-            kept = valid & (confidence >= args.threshold)
-            logs = {"loss/sup": loss_sup, "loss/cons": loss_cons}
-            logs["pseudo/confident"] = kept[:n].sum() / valid[:n].sum().clamp(min=1)
+            image_u, label_u, pseudo_label, confidence, valid = (
+                each[:n] for each in (image_u, label_u, pseudo_label, confidence, valid)
+            )
+            confident = (valid & (confidence >= args.threshold)).sum() / valid.sum().clamp(min=1)
+            logs = {"loss/sup": loss_sup, "loss/cons": loss_cons, "pseudo/confident": confident}
             if args.log_pseudo_accuracy:
-                logs["pseudo/accuracy"] = pixel_accuracy(pseudo_label[:n], label_u[:n])
+                logs["pseudo/accuracy"] = pixel_accuracy(pseudo_label, label_u)
             pictures = {
                 "labeled": ([image_l], [label_l, logits_l]),
                 "unlabeled": ([image_u, *images], [pseudo_label, confidence, logits_u[0]]),
@@ -683,7 +685,7 @@ def make_network(args, num_classes: int, name: str) -> DPT:
         state = torch.load(path, map_location="cpu", weights_only=True)
         network.backbone.load_state_dict(load_dinov2(state))
     except Exception as error:  # torch raises many kinds for a bad file
-        mend = f"use none, a file with DINOv2's names, or dinov2 with {' or '.join(WEIGHTS)}"
+        mend = f"use --weights none or FILE, named as in Meta's; dinov2 has {', '.join(WEIGHTS)}"
         raise UserError(f"--weights {args.weights}, {args.backbone}: {error}; {mend}") from None
     return network
 

@@ -20,7 +20,7 @@ import supervised
 from common.datasets import StreamSampler
 
 # Adam's first step is +-lr wherever the gradient is rounding alone; its moments are compared, too.
-ONE_STEP = {"gct": {"detector_lr": 1e-6}}
+ONE_STEP = {"gct": {"detector_lr": 1e-6}, "unimatch_v2": {"threshold": 0.0}}
 CONTEXT = multiprocessing.get_context("forkserver")  # imports the scripts once, then forks
 CONTEXT.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard"])
 

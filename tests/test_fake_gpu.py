@@ -120,6 +120,10 @@ FLAGS = {
     "gct": [{"joint_batch": True, "lambda_dc": 0.0}],
     "cmb": [{"class_balance": True, "bank_attention": "off"}],
     "dcc": [{"epsilon": 1e-8}],
+    "unimatch_v2": [
+        {"supervised_loss": "ohem", "feature_dropout": "independent", "view_strength": 1.0},
+        {"views": 1, "feature_dropout": "none", "teacher": "student", "freeze_backbone": True},
+    ],
 }
 
 
