@@ -374,7 +374,7 @@ def main(args: Args) -> dict:
             image_l, label_l = next(batches_l)
 
             # === loss ===
-            image_u, label_u = next(batches_u)  # weak views, the partner of the last one included
+            image_u, label_u = next(batches_u)  # weak views, and after them the last one's partner
             n, size = len(image_u) - 1, args.crop_size
             first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
             here, generator = slice(first, first + n), step_generator(args.seed, "views", step)
@@ -382,35 +382,31 @@ def main(args: Args) -> dict:
                 confidence, pseudo_label = teacher(image_u).softmax(1).max(1)
             valid = label_u != IGNORE  # not the padding
             mean, std = statistics(device)
-            pixels = (image_u * std + mean).clamp(0, 1)
-            images, targets = [], []
+            images, targets = [image_l], []
             for _ in range(args.views):
                 draw = (generator, args.view_strength, first, args.batch_size)
-                image = (strong_view(pixels, *draw) - mean) / std
-                mask = box_masks(args.batch_size, size, size, generator)[here]
-                mask = mask.to(device, non_blocking=True)
+                view = strong_view((image_u * std + mean).clamp(0, 1), *draw)
+                box = box_masks(args.batch_size, size, size, generator)[here]
+                box = box.to(device, non_blocking=True)
                 # DIFFERS (unimatch_v2.md 1): the partner is the next image of the global batch.
-                image, *target = (
-                    paste(each[:n], each[-n:], mask)
-                    for each in (image, pseudo_label, confidence, valid)
+                mixed, *target = (
+                    paste(each[:n], each[-n:], box)
+                    for each in ((view - mean) / std, pseudo_label, confidence, valid)
                 )
-                images.append(image)
+                images.append(mixed)
                 targets.append(target)
             dim = student.backbone.dim
             masks = channel_masks(args.feature_dropout, args.batch_size, dim, generator)
-            masks = [mask[here] for mask in masks[: args.views]]
-            channel_mask = torch.cat([torch.ones(len(image_l), dim), *masks])
-            # One forward: without BatchNorm the same as one for each.
-            with autocast:
-                logits = ddp(
-                    torch.cat([image_l, *images]), channel_mask.to(device, non_blocking=True)
-                )
+            masks = [torch.ones(len(image_l), dim), *(mask[here] for mask in masks[: args.views])]
+            channel_mask = torch.cat(masks).to(device, non_blocking=True)
+            with autocast:  # one forward: without BatchNorm the same as one for each
+                logits = ddp(torch.cat(images), channel_mask)
             logits_l, *logits_u = logits.split([len(image_l), *[n] * args.views])
             loss_sup = supervised_loss(logits_l, label_l, args.supervised_loss)
-            losses = [
-                unsupervised_loss(*each, args.threshold)
-                for each in ((z, *target) for z, target in zip(logits_u, targets, strict=True))
-            ]
+            losses = (
+                unsupervised_loss(each, *target, args.threshold)
+                for each, target in zip(logits_u, targets, strict=True)
+            )
             loss_cons = sum(losses) / args.views
             weight = args.lambda_u * ramp_up(step, args.ramp_up * args.steps)
             loss = (loss_sup + weight * loss_cons) / 2
@@ -424,7 +420,7 @@ def main(args: Args) -> dict:
                 logs["pseudo/accuracy"] = pixel_accuracy(pseudo_label, label_u)
             pictures = {
                 "labeled": ([image_l], [label_l, logits_l]),
-                "unlabeled": ([image_u, *images], [pseudo_label, confidence, logits_u[0]]),
+                "unlabeled": ([image_u, *images[1:]], [pseudo_label, confidence, logits_u[0]]),
             }
 
             # === backward (copied) ===
@@ -620,7 +616,7 @@ class DPTHead(nn.Module):
         self.lateral = nn.ModuleList(
             nn.Conv2d(width, features, 3, padding=1, bias=False) for width in widths
         )
-        # The release's unused skip of the deepest map is left out: it would stall DDP.
+        # DIFFERS (unimatch_v2.md 11): without an unused unit for the deepest map, which stalls DDP.
         self.fuse = nn.ModuleList(Fusion(features, deepest=i == 3) for i in range(4))
         self.classifier = nn.Sequential(
             nn.Conv2d(features, features, 3, padding=1), nn.ReLU(),
