@@ -4,12 +4,12 @@
     L_k = sum [c >= 0.95] CE(f(x_k; m_k), argmax g(x_w)) / number of valid pixels,
     x_1, x_2: strong views of the crop x_w, each mixed with another image by a box of its own;
     m_1 + m_2 = 2: every channel of the encoder is alive in one of them; c: max softmax g(x_w);
-    g: an exponential moving average of the student f
+    g: an exponential moving average of the student f. FixMatch: --views 1 --feature-dropout none
 
     python unimatch_v2.py --dataset shapes                       # no data, no GPU: minutes
     python unimatch_v2.py --split classic:183                    # one GPU, Pascal VOC
-    torchrun --nproc_per_node=4 unimatch_v2.py --split classic:183 --views 1 --feature-dropout none
-                                                                 # FixMatch, on four
+    torchrun --nproc_per_node=8 unimatch_v2.py --split classic:183     # the same run on eight
+
 Released code: UniMatch-V2 f6afb4d; docs/unimatch_v2.md lists what differs.
 """
 
@@ -569,6 +569,8 @@ def load_dinov2(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class ResidualUnit(nn.Module):
+    """x + conv(relu(conv(relu(x))))."""
+
     def __init__(self, width: int):
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
