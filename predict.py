@@ -29,6 +29,7 @@ from common.evaluation import Protocol, predict, sliding_window_labels, validate
 from common.files import IMAGE_SUFFIXES, first, images_under, read_image, remarks
 from common.transforms import MEAN, STD, normalize
 from supervised import DeepLabV3Plus
+from unimatch_v2 import BACKBONES, DPT
 
 SOURCE = "predicted from"  # the key, in a written PNG, of the image that it belongs to
 
@@ -56,7 +57,9 @@ def load(path: Path, device: torch.device, name: str | None = None):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         meta, name = checkpoint["meta"], name or checkpoint["evaluated"]
-        network = DeepLabV3Plus(len(meta["classes"]), meta["args"]["backbone"])
+        backbone = meta["args"]["backbone"]
+        network_class = DPT if backbone in BACKBONES else DeepLabV3Plus
+        network = network_class(len(meta["classes"]), backbone)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a file that is something else
@@ -269,7 +272,8 @@ def main(args: Args) -> float | None:
     network, meta = load(args.checkpoint, device, args.network)
     crop = meta["args"]["crop_size"]
     sliding = DATASETS[meta["args"]["dataset"]].sliding
-    protocol = Protocol(pad_to=crop, window=args.window or (crop if sliding else None))
+    pad_to = 1 if isinstance(network, DPT) else crop  # DPT resizes, others pad
+    protocol = Protocol(pad_to=pad_to, window=args.window or (crop if sliding else None))
     protocol = replace(protocol, scales=args.scales, flip=args.flip)
     skipped = predict_files(args, network, meta, protocol, device) if args.images else 0
     miou = evaluate(args, network, meta, protocol, device) if args.evaluate else None

@@ -105,8 +105,8 @@ def quick(tmp_path):
 
     def make(args_class, **flags):
         args = args_class(
-            dataset="shapes", backbone="resnet14", device="cpu", num_workers=0, batch_size=4,
-            crop_size=32, steps=6, split="8", log_every=2, eval_every=1000, save_every=1000,
+            dataset="shapes", device="cpu", num_workers=0, batch_size=4, crop_size=32, steps=6,
+            split="8", log_every=2, eval_every=1000, save_every=1000,
             output_dir=str(tmp_path / "runs"),
         )  # fmt: skip
         return replace(args, **flags)

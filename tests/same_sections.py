@@ -33,10 +33,12 @@ SCRIPTS = {
     "dcc": "supervised",
     "pseudoseg": "supervised",
     "self_training": "supervised",
+    "unimatch_v2": "mean_teacher",
 }
 # Names that several papers use for different things (the interface fixes them).
 OWN_TEXT = {
-    "Args", "PAPER", "main", "box_masks", "consistency_loss", "ohem_cross_entropy", "strong_view",
+    "Args", "BACKBONES", "PAPER", "box_masks", "consistency_loss", "main", "make_network",
+    "ohem_cross_entropy", "strong_view", "supervised_loss", "unsupervised_loss",
 }  # fmt: skip
 BANNER = re.compile(r"^( *)# === (.+?) ===$")
 

@@ -123,6 +123,10 @@ FLAGS = {
     "dcc": [{"epsilon": 1e-8}],
     "pseudoseg": [{"hard": True, "threshold": 0.5, "pseudo_source": "attention"}],
     "self_training": [{"strong": True, "oversample": True}],
+    "unimatch_v2": [
+        {"supervised_loss": "ohem", "feature_dropout": "independent", "view_strength": 1.0},
+        {"views": 1, "feature_dropout": "none", "teacher": "student", "freeze_backbone": True},
+    ],
 }
 
 
