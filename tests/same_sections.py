@@ -24,6 +24,7 @@ SCRIPTS = {
     "supervised": None,
     "cps": "supervised",
     "mean_teacher": "supervised",
+    "pi_model": "mean_teacher",
     "cutmix_mt": "mean_teacher",
     "classmix": "cutmix_mt",
     "ael": "classmix",
