@@ -25,6 +25,7 @@ SCRIPTS = {
     "cps": "supervised",
     "mean_teacher": "supervised",
     "pi_model": "mean_teacher",
+    "temporal_ensembling": "pi_model",
     "cutmix_mt": "mean_teacher",
     "classmix": "cutmix_mt",
     "ael": "classmix",
@@ -35,7 +36,7 @@ SCRIPTS = {
 }
 # Names that several papers use for different things (the interface fixes them).
 OWN_TEXT = {
-    "Args", "PAPER", "main", "box_masks", "consistency_loss", "ohem_cross_entropy",
+    "Args", "PAPER", "main", "box_masks", "consistency_loss", "make_batches", "ohem_cross_entropy",
 }  # fmt: skip
 BANNER = re.compile(r"^( *)# === (.+?) ===$")
 
