@@ -104,11 +104,13 @@ class Args:
 
 
 # === paper ===
-# Sources: w = 100, noise, dropout and ramp are the paper's, a shift of 1/16 of the crop its 2 of 32
-# pixels; the protocol is CPS's (5e0c29c); camvid and shapes are ours, w by the weight per pixel of
-# VOC (100 / 21). An entry that depends on other flags is a function of them.
+# Sources: w = 100, noise, dropout and ramp are the paper's, so is the shift of 1/16 of a crop; the
+# protocol is CPS's (5e0c29c); camvid and shapes are ours. An entry that depends on other flags is a
+# function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
-# DIFFERS (pi_model.md 3): no share of labeled images in w, which a mean over them cancels.
+# DIFFERS (pi_model.md 3): w without the share of labeled images, which a mean over them cancels.
+# DIFFERS (pi_model.md 6): SGD and poly schedule, not Adam with ramps of lr and beta_1.
+# DIFFERS (pi_model.md 7): camvid and shapes have VOC's weight per pixel, 100 / 21.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -202,6 +204,7 @@ def add_dropout(network: nn.Module, p: float) -> None:
     def drop(features: torch.Tensor) -> torch.Tensor:
         return F.dropout(features, p, network.training)
 
+    # DIFFERS (pi_model.md 2): the paper has a network of its own, with dropout after each pooling.
     # Hooks, not layers: the checkpoint is that of a network without dropout.
     network.head.aspp.register_forward_hook(lambda module, inputs, output: drop(output))
     network.classifier.register_forward_pre_hook(lambda module, inputs: drop(*inputs))
@@ -269,7 +272,8 @@ def main(args: Args) -> dict:
 
     # === networks ===
     window_size = args.crop_size + 2 * args.shift
-    windows = replace(args, crop_size=window_size)  # flip, scale and place are the views' own
+    # DIFFERS (pi_model.md 1): flip, scale and crop are one draw for both views.
+    windows = replace(args, crop_size=window_size)
     batches_l = make_batches(windows, data, split.labeled, "labeled", place)
     labels = "known" if args.log_pseudo_accuracy else "none"
     batches_u = make_batches(windows, data, split.unlabeled, "unlabeled", place, None, labels)
@@ -321,6 +325,7 @@ def main(args: Args) -> dict:
             aligned, covered = zip(*map(align, logits, offsets, [window_size] * 2), strict=True)
             valid = covered[0] & covered[1] & (label != IGNORE)[:, None]
             loss_cons = consistency_loss(*aligned, valid)
+            # DIFFERS (pi_model.md 5): by steps, and not forced to 0 in the first epoch.
             weight = args.lambda_u * ramp_up(step, args.ramp_up * args.steps)
             loss = loss_sup + weight * loss_cons
 

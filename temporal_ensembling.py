@@ -108,11 +108,13 @@ class Args:
 
 
 # === paper ===
-# Sources: w = 30, decay, noise, dropout and ramp are the paper's, cells of about 8 x 8 pixels (4 x 4
-# for shapes) are ours; the protocol is CPS's (5e0c29c); camvid and shapes are ours, w by the weight
-# per pixel of VOC (30 / 21). An entry that depends on other flags is a function of them.
+# Sources: w = 30, decay, noise, dropout and ramp are the paper's, cells of about 8 x 8 pixels (of
+# shapes 4 x 4) ours; the protocol is CPS's (5e0c29c); camvid and shapes are ours. An entry that
+# depends on other flags is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
-# DIFFERS (temporal_ensembling.md 3): no share of labeled images in w.
+# DIFFERS (temporal_ensembling.md 3): w without the share of labeled images.
+# DIFFERS (pi_model.md 6): SGD and poly schedule, not Adam with ramps of lr and beta_1.
+# DIFFERS (temporal_ensembling.md 10): camvid and shapes have VOC's weight per pixel, 30 / 21.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -194,6 +196,7 @@ def ensemble_target(past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Softmaxes sum to 1, so 1 - a^n is Z's own sum over the classes: nobody counts visits.
     """
+    # DIFFERS (temporal_ensembling.md 5): not by the epochs so far, which not every cell was in.
     total = past.sum(1, keepdim=True)
     seen = total > 0
     return past / total.where(seen, 1), seen
@@ -222,6 +225,7 @@ class PredictionBank:
     Among several processes rank 0 alone has the file; all call `targets` and `update` together.
     """
 
+    # DIFFERS (temporal_ensembling.md 7): half precision.
     def __init__(self, path, num_images, num_classes, canvas_size, dtype=torch.float16):
         self.path, self.shape, self.dtype = Path(path), (num_classes, *canvas_size), dtype
         self.row_bytes = math.prod(self.shape) * dtype.itemsize
@@ -317,6 +321,7 @@ def on_rank_0(tensor: torch.Tensor) -> torch.Tensor:
 def canvases(args, split, step: int) -> torch.Tensor:
     """Of the global batch's images, labeled ones first; an image that is in both lists has two."""
     found, before = [], 0
+    # DIFFERS (temporal_ensembling.md 8): an average is that of one list's visits.
     for stream, ids in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
         batch = global_batch(len(ids), args.batch_size, args.seed, stream, step)
         found += [before + index for index, _ in batch]
@@ -337,6 +342,7 @@ def add_dropout(network: nn.Module, p: float) -> None:
     def drop(features: torch.Tensor) -> torch.Tensor:
         return F.dropout(features, p, network.training)
 
+    # DIFFERS (pi_model.md 2): the paper has a network of its own, with dropout after each pooling.
     # Hooks, not layers: the checkpoint is that of a network without dropout.
     network.head.aspp.register_forward_hook(lambda module, inputs, output: drop(output))
     network.classifier.register_forward_pre_hook(lambda module, inputs: drop(*inputs))
@@ -457,15 +463,19 @@ def main(args: Args) -> dict:
                 # DIFFERS (temporal_ensembling.md 4): apart, each a batch of its own for BatchNorm.
                 logits = torch.cat([ddp(part) for part in image.split(n)])
             loss_sup = supervised_loss(logits[:n], label_l, args.supervised_loss)
-            # On the canvas, where the target is: drawn up to pixels it would be blurred at edges.
+            # DIFFERS (temporal_ensembling.md 1): compared on the canvas, cell by cell; a target
+            # drawn up to pixels would be blurred at every edge.
             values, covered = to_canvas(logits, torch.cat([view_l, view_u]), args.canvas)
-            prob, counted = values.softmax(1), covered & seen
+            prob = values.softmax(1)
+            counted = covered & seen  # DIFFERS (temporal_ensembling.md 6): no epoch without loss
             loss_cons = consistency_loss(prob, target, counted)
+            # DIFFERS (pi_model.md 5): by steps, and not forced to 0 in the first epoch.
             weight = args.lambda_u * ramp_up(step, args.ramp_up * args.steps)
             loss = loss_sup + weight * loss_cons
 
             visits.append((prob.detach(), covered))
-            if micro == args.accumulate - 1:  # once a step, so that an image can occur twice in it
+            # DIFFERS (temporal_ensembling.md 2): at once, not at the end of an epoch.
+            if micro == args.accumulate - 1:  # once a step: an image may be in two micro-batches
                 values, covered_all = map(torch.cat, zip(*visits, strict=True))
                 bank.update(index, values, covered_all, args.ensemble_decay)
 
@@ -480,9 +490,11 @@ def main(args: Args) -> dict:
                 known, _ = to_canvas(label_u[:, None], view_u, args.canvas)
                 known = known.where(counted[n:], IGNORE)
                 logs["pseudo/accuracy"] = pixel_accuracy(pseudo_label[n:], known)
+            shown = pseudo_label.where(counted, IGNORE)
             pictures = {
                 "labeled": ([image[:n]], [label_l, logits[:n]]),
-                "unlabeled": ([image[n:]], [logits[n:]]),
+                # The target lies on the canvas, and shows what the view covers of the image.
+                "unlabeled": ([image[n:]], [logits[n:], shown[n:, 0]]),
             }
 
             # === backward (copied) ===

@@ -20,7 +20,8 @@ import supervised
 from common.datasets import StreamSampler
 
 # Adam's first step is +-lr wherever the gradient is rounding alone; its moments are compared, too.
-ONE_STEP = {"gct": {"detector_lr": 1e-6}}
+# Views that share more or less of their windows make means over valid pixels differ.
+ONE_STEP = {"gct": {"detector_lr": 1e-6}, "pi_model": {"shift": 0}}
 CONTEXT = multiprocessing.get_context("forkserver")  # imports the scripts once, then forks
 CONTEXT.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard"])
 
@@ -29,7 +30,7 @@ def process(rank, world_size, port, name, args, frozen):
     """One of `world_size` processes, with torchrun's variables."""
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
     from test_supervised import freeze_batchnorm

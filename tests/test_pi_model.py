@@ -166,3 +166,133 @@ def tiny(state: dict[str, torch.Tensor]) -> TinyNet:
     state = {names[key]: value for key, value in state.items()}
     classes, width = len(state["cls.bias"]), len(state["conv.weight"])
     return TinyNet(state | {"cls.weight": state["cls.weight"].view(classes, width, 1, 1)})
+
+
+@pytest.mark.parametrize("path", GOLDENS, **by_stem)
+def test_ramp_and_weight_are_the_papers(path):
+    """Its share of labeled images in the weight cancels against its sum over a whole minibatch."""
+    golden = load_golden(path)
+    ramps = [ramp_up(int(epoch), 80) for epoch in golden["original/epoch"]]
+    assert ramps == pytest.approx(golden["original/ramp_up"].tolist(), abs=1e-9)
+    assert ramp_up(0, 0) == ramp_up(5, 5) == 1.0 and ramp_up(0, 10) == math.exp(-5)
+    logits = [golden.tensor(f"original/z_{k}").log()[..., None, None] for k in "ab"]
+    label = golden.tensor("original/label").where(golden.tensor("original/mask") > 0, 255)
+    loss = cross_entropy(logits[0], label[:, None, None])
+    loss = loss + float(golden["original/unscaled_weight"]) * consistency_loss(*logits)
+    assert loss.item() == pytest.approx(float(golden["original/loss_over_share"]), 1e-9)
+
+
+def test_shifts_are_uniform_and_independent():
+    offsets = torch.stack(draw_shifts(5000, 2, torch.Generator().manual_seed(0)))
+    assert offsets.shape == (2, 5000, 2) and offsets.dtype == torch.int64
+    columns = offsets.permute(0, 2, 1).flatten(0, 1)  # of both views: down, right
+    for one in columns:
+        assert torch.bincount(one, minlength=5).tolist() == pytest.approx([1000] * 5, abs=150)
+    correlation = torch.corrcoef(columns.double()) - torch.eye(4)
+    assert correlation.abs().max() < 0.06
+    assert not torch.stack(draw_shifts(3, 0, torch.Generator())).any()
+
+
+def test_noise_has_a_fixed_deviation():
+    generator = torch.Generator().manual_seed(0)
+    noise = [input_noise(2, 40, 0.15, generator) for _ in range(20)]
+    assert noise[0].shape == (2, 3, 40, 40) and noise[0].dtype == torch.float32
+    assert all(one.std().item() == pytest.approx(0.15, rel=0.05) for one in noise)
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_dropout_is_in_train_mode_alone_and_in_no_state():
+    plain, network = DeepLabV3Plus(5, "resnet14"), DeepLabV3Plus(5, "resnet14")
+    network.load_state_dict(plain.state_dict())
+    names, seen = list(network.state_dict()), []
+    add_dropout(network, 0.5)
+    assert list(network.state_dict()) == names
+    network.classifier.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0]))
+    network.head.fuse.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network.eval()(image), plain.eval()(image))
+    seen.clear()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        first = network.train()(image)
+        assert not torch.equal(first, network(image))  # anew in every forward
+        torch.manual_seed(0)
+        assert torch.equal(first, network(image))
+    # Elements, not channels: of ASPP's output (upsampled, so four pixels must be 0), and half of
+    # what was not 0 already of the classifier's input.
+    assert (seen[1] == 0).float().mean().item() > 0.5
+    assert (seen[1] == 0).float().mean((2, 3)).min() > 0 and not (seen[1] == 0).all((2, 3)).all()
+    low = seen[0][:, : network.classifier.in_channels]
+    assert (low == 0).any() and not (low == 0).all((2, 3)).any()
+
+
+def first_row(quick, **flags) -> dict:
+    off = {"shift": 0, "noise": 0.0, "dropout": 0.0}
+    name = "-".join(flags) or "off"
+    return read_log(
+        main(quick(Args, steps=1, log_every=1, exp_name=name, **off | flags))["run_dir"]
+    )[0]
+
+
+def test_each_difference_of_the_views_makes_them_differ(quick):
+    row = first_row(quick)
+    assert row["loss/cons"] == 0 and row["pseudo/agreement"] == 1
+    for flags in ({"shift": 2}, {"noise": 0.15}, {"dropout": 0.5}):
+        assert first_row(quick, **flags)["loss/cons"] > 1e-6, flags
+
+
+def test_both_views_learn(quick, monkeypatch):
+    """A gradient of the consistency alone arrives at both views' logits."""
+    right, seen = pi_model.consistency_loss, []
+
+    def watch(*inputs):
+        for each in inputs[:2]:
+            each.retain_grad()
+        seen.extend(inputs[:2])
+        return right(*inputs)
+
+    monkeypatch.setattr(pi_model, "consistency_loss", watch)
+    monkeypatch.setattr(pi_model, "supervised_loss", lambda logits, *_: 0 * logits.sum())
+    main(quick(Args, steps=1, **active(pi_model)))
+    assert len(seen) == 2 and all(each.grad.abs().max() > 0 for each in seen)
+
+
+def test_flags_have_their_effects(quick):
+    def network(**flags):
+        args = quick(Args, steps=3, exp_name=str(flags)[2:9], **active(pi_model) | flags)
+        return torch.load(f"{main(args)['run_dir']}/last.pt", weights_only=True)["network"]
+
+    plain = network()
+    for flags in (
+        {"shift": 1}, {"noise": 0.3}, {"dropout": 0.2}, {"lambda_u": 1.0}, {"ramp_up": 0.9},
+    ):  # fmt: skip
+        changed = network(**flags)
+        assert any(not torch.equal(plain[key], changed[key]) for key in plain), flags
+
+
+def test_it_trains(quick):
+    args = quick(Args, steps=40, log_every=1, lr=3e-3, log_pseudo_accuracy=True)
+    rows = read_log(main(args)["run_dir"])
+    loss = [row["loss/sup"] for row in rows]
+    assert sum(loss[-10:]) < 0.9 * sum(loss[:10])
+    assert all(row["loss/cons"] > 0 and 0 <= row["pseudo/agreement"] <= 1 for row in rows)
+    assert 0 < rows[-1]["pseudo/accuracy"] <= 1
+
+
+def test_unlabeled_labels_are_never_read(quick, monkeypatch):
+    assert_unlabeled_labels_are_not_read(pi_model, quick, monkeypatch)
+
+
+@pytest.mark.parametrize("flags", [
+    {"shift": -1}, {"noise": -0.1}, {"dropout": 1.5}, {"lambda_u": -1.0}, {"ramp_up": 1.5},
+], ids=str)  # fmt: skip
+def test_bad_flags(quick, flags):
+    with pytest.raises(pi_model.UserError, match=next(iter(flags)).replace("_", "-")):
+        main(quick(Args, **flags))
+
+
+def test_paper_rows():
+    assert [row["shift"] for row in PAPER.values()] == [32, 48, 10, 3, 32]
+    assert [row["lambda_u"] for row in PAPER.values()] == [100, 100, 52, 38, 100]
+    args = pi_model.resolve(Args(dataset="cityscapes"))
+    assert (args.noise, args.dropout, args.ramp_up) == (0.15, 0.5, 80 / 300)

@@ -1,7 +1,6 @@
 """temporal_ensembling.py: canvas, averages and bank against slow forms, steps, routes, runs."""
 
 import json
-import math
 import os
 import random
 import re
@@ -9,7 +8,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -259,6 +257,283 @@ def test_canvases_are_those_of_the_global_batch(tmp_path):
 def test_main_takes_the_steps(path, quick, monkeypatch):
     """`main` itself on their network, crops and views: losses, weights, statistics, bank.
 
-    Their batches are one forward of images that share one list; here it is the labeled stream, and
-    the unlabeled one shows the same images to canvases of their own.
+    Their one batch is the labeled one here; the unlabeled one shows nothing, to another network.
     """
+    golden = load_golden(path)
+    number = {k: float(golden[f"steps/{k}"]) for k in ("lr", "weight_decay", "total", "lambda_u")}
+    network, steps, streams = (
+        tiny(golden.part("steps/before/")),
+        [],
+        {"labeled": [], "unlabeled": []},
+    )
+    while (at := f"steps/{len(steps)}/") + "image" in golden:
+        parts = [golden.tensor(at + key) for key in ("image", "label", "view")]
+        streams["labeled"].append(parts)
+        nowhere = parts[2].clone()
+        nowhere[:, 2] = nowhere[:, 0]  # a window below the image
+        streams["unlabeled"].append((*parts[:2], nowhere))
+        steps.append(at)
+    assert len(steps) == 5
+    forward, banks = network.forward, []
+
+    def labeled_alone(image):
+        network.calls = getattr(network, "calls", 0) + 1
+        return forward(image) if network.calls % 2 else torch.zeros(2, classes, *image.shape[2:])
+
+    def bank(path, count, num_classes, canvas_size):
+        banks.append(PredictionBank(path, count, classes, canvas_size, torch.float32))
+        return banks[0]
+
+    def visited(args, split, step):
+        return torch.cat([golden.tensor(f"steps/{step}/index"), torch.tensor([10, 11])])
+
+    classes = len(golden["steps/before/bias"])
+    monkeypatch.setattr(network, "forward", labeled_alone)
+    monkeypatch.setattr(temporal_ensembling, "PredictionBank", bank)
+    monkeypatch.setattr(temporal_ensembling, "canvases", visited)
+    monkeypatch.setattr(temporal_ensembling, "add_dropout", lambda *_: None)
+    args = quick(
+        Args, steps=int(number["total"]), optimizer="sgd", lr=number["lr"], momentum=0.9,
+        weight_decay=number["weight_decay"], lambda_u=number["lambda_u"], batch_size=2, noise=0.0,
+        ramp_up=float(golden["steps/ramp_steps"]) / number["total"], log_every=1, eval_every=10**6,
+        ensemble_decay=float(golden["steps/decay"]), canvas=tuple(golden["steps/canvas"].tolist()),
+    )  # fmt: skip
+    resolved = {"crop_size": golden["steps/0/image"].shape[-1]}  # smaller than a flag may say
+    monkeypatch.setattr(
+        temporal_ensembling, "resolve", lambda args: replace(resolve(args), **resolved)
+    )
+    states, rows = record_steps(temporal_ensembling, args, monkeypatch, network, network, streams)
+    for at, (state, _), row in zip(steps, states, rows, strict=True):
+        for name in ("sup", "cons"):
+            expected = float(golden[f"{at}loss_{name}"])
+            assert row[f"loss/{name}"] == pytest.approx(expected, 1e-5, 1e-9), (at, name)
+        expected = tiny(golden.part(f"{at}after/")).state_dict()
+        for key in expected:
+            if not key.endswith("num_batches_tracked"):
+                torch.testing.assert_close(state[key], expected[key], rtol=1e-5, atol=1e-5)
+    banks[0].settle()
+    expected = golden.tensor(f"{steps[-1]}past_after")
+    past = banks[0].read(torch.arange(len(expected))).double()
+    torch.testing.assert_close(past, expected, rtol=1e-5, atol=1e-5)
+
+
+def bank_of(folder) -> torch.Tensor:
+    """Every average of a run, as its last checkpoint has them."""
+    state = torch.load(Path(folder) / "last.pt", weights_only=True)
+    canvas, count = state["meta"]["args"]["canvas"], len(state["bank"]["slot"])
+    bank = PredictionBank(Path(folder) / "bank.bin", count, len(state["meta"]["classes"]), canvas)
+    bank.load_state_dict(state["bank"])
+    return bank.read(torch.arange(count))
+
+
+def assert_same_end(whole, other) -> None:
+    """Weights, optimizer and averages; the slots in which these lie may differ."""
+    found = [weights(folder) for folder in (whole, other)]
+    assert_same(*({k: v for k, v in each.items() if k != "/bank/slot"} for each in found))
+    averages = bank_of(whole)
+    assert averages.any() and torch.equal(averages, bank_of(other))
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_stopped_while_it_writes_or_saves(where, quick, monkeypatch):
+    """In the bank's second write after a checkpoint; or with the next one all but in its place."""
+    args = quick(Args, steps=6, save_every=2, split="5")  # images return within the run
+    whole = main(replace(args, exp_name="whole", save_every=100))["run_dir"]
+    calls = []
+
+    def stop_at(right, count):
+        def stopped(*inputs):
+            calls.append(None)
+            if len(calls) == count:
+                raise StopError
+            return right(*inputs)
+
+        return stopped
+
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        if where == "write":  # 8 images a step, two steps a checkpoint
+            patch.setattr(PredictionBank, "seek", stop_at(PredictionBank.seek, 85))
+        else:  # of the bank and of last.pt, twice each; best.pt is not written before
+            count = {"fsync": 4, "replace": 2}[where]
+            patch.setattr(os, where, stop_at(getattr(os, where), count))
+        main(args)
+    (folder,) = Path(args.output_dir).glob("*__temporal_ensembling__*")
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] in (2, 4)
+    assert_same_end(whole, main(args)["run_dir"])
+
+
+def test_killed_at_random_moments(quick):
+    """KILLS SIGKILLs (3), with a checkpoint at every step, so that many come while it saves."""
+    from test_resume import complete, end, logged_rows, start
+
+    args = quick(Args, steps=24, save_every=1, split="5", log_every=1, eval_every=1000)
+    complete("temporal_ensembling", replace(args, exp_name="whole", save_every=1000))
+    draw, steps, killed = random.Random(0), [0], []
+    for _ in range(int(os.environ.get("KILLS", 3))):
+        process = start("temporal_ensembling", args)
+        while process.is_alive() and logged_rows(args) <= steps[-1]:
+            time.sleep(0.01)
+        process.join(draw.uniform(0.0, 0.4))
+        process.kill()
+        process.join()
+        killed.append(process)
+        steps.append(logged_rows(args))
+    complete("temporal_ensembling", args)
+    for process in killed:
+        end(process)
+    assert len(set(steps)) > 2 and steps[-2] < args.steps, f"kills too early or late: {steps}"
+    (whole,), (other,) = (
+        Path(args.output_dir).glob(f"*__{name}__*") for name in ("whole", args.exp_name)
+    )
+    assert_same_end(whole, other)
+    rows = [read_log(folder) for folder in (whole, other)]
+    for row in rows[0] + rows[1]:
+        row.pop("time/images_per_s")
+    assert json.dumps(rows[0]) == json.dumps(rows[1])
+
+
+def test_a_full_disk_is_one_error_and_loses_nothing(quick, monkeypatch, capsys):
+    import resource
+    from types import SimpleNamespace
+
+    args = quick(Args, save_every=2, eval_every=6)
+    whole = main(replace(args, exp_name="whole"))["run_dir"]
+    before, save = resource.getrlimit(resource.RLIMIT_FSIZE), temporal_ensembling.Run.save
+
+    def save_until_full(self, name, *rest):
+        save(self, name, *rest)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+
+    capsys.readouterr()
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(temporal_ensembling.Run, "save", save_until_full)
+            patch.setattr(temporal_ensembling, "tyro", SimpleNamespace(cli=lambda _: args))
+            patch.setattr(
+                temporal_ensembling.sys.stdout, "reconfigure", lambda **_: 0, raising=False
+            )
+            temporal_ensembling.command_line()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+    assert stop.value.code == 2 and len(lines) == 1 and "File too large" in lines[0], lines
+    assert_same_end(whole, main(args)["run_dir"])
+
+
+def test_two_processes_leave_the_bank_of_one(quick):
+    """In micro-batches, too, and with images that occur twice in a batch: 8 of 5."""
+    from test_distributed import run
+
+    args = quick(
+        Args, steps=3, batch_size=8, split="5", lr=0.0, log_every=1, eval_every=3, ramp_up=0.0
+    )
+    one = run(1, "temporal_ensembling", args, frozen=True)
+    two = run(2, "temporal_ensembling", replace(args, accumulate=2), frozen=True)
+    banks = bank_of(one), bank_of(two)
+    torch.testing.assert_close(*(bank.float() for bank in banks), rtol=0, atol=1e-3)
+    assert (banks[0] > 0).any((1, 2, 3)).sum() >= 5 + 20
+    rows = [read_log(folder) for folder in (one, two)]
+    assert rows[0][-1]["pseudo/confidence"] > 0.05 and rows[0][-1]["loss/sup"] > 0
+    for row_1, row_2 in zip(*rows, strict=True):
+        assert row_1["loss/sup"] == pytest.approx(row_2["loss/sup"], abs=1e-5)
+
+
+def test_the_same_view_twice_agrees_with_itself(quick, monkeypatch):
+    """Without noise, dropout and learning the second visit finds its own prediction."""
+    scales = temporal_ensembling.LocatedView
+
+    class Whole(scales):
+        def make_params(self, flat):
+            return {"corner": [0, 0], "size": [64, 64], "resized": [64, 64], "flip": False}
+
+    monkeypatch.setattr(temporal_ensembling, "LocatedView", Whole)
+    from test_supervised import freeze_batchnorm
+
+    freeze_batchnorm(monkeypatch, temporal_ensembling)
+    args = quick(
+        Args, steps=4, batch_size=4, crop_size=64, split="4", lr=0.0, noise=0.0, dropout=0.0,
+        log_every=1, unlabeled="all",
+    )  # fmt: skip
+    rows = read_log(main(args)["run_dir"])
+    assert rows[0]["loss/cons"] == rows[0]["pseudo/seen"] == 0
+    for row in rows[1:]:  # the labeled ones return at every step
+        assert row["pseudo/seen"] == 0.5 and row["loss/cons"] < 1e-7
+        assert row["pseudo/agreement"] > 0.99
+
+
+def test_gradient_reaches_the_network_by_the_prediction_alone(quick, monkeypatch):
+    right, seen = temporal_ensembling.consistency_loss, []
+
+    def watch(values, target, counted):
+        values.retain_grad()
+        seen.append((values, target, counted))
+        return right(values, target, counted)
+
+    monkeypatch.setattr(temporal_ensembling, "consistency_loss", watch)
+    monkeypatch.setattr(temporal_ensembling, "supervised_loss", lambda logits, *_: 0 * logits.sum())
+    main(quick(Args, steps=3, split="5", **active(temporal_ensembling)))
+    for values, target, counted in seen[1:]:
+        assert not target.requires_grad and counted.any()
+        assert values.grad.any() and not (values.grad * ~counted).any()
+
+
+def test_flags_have_their_effects(quick):
+    def end(**flags):
+        flags = {"split": "5", "exp_name": str(flags)[2:9]} | active(temporal_ensembling) | flags
+        return torch.load(f"{main(quick(Args, steps=4, **flags))['run_dir']}/last.pt")["network"]
+
+    plain = end()
+    for flags in (
+        {"canvas": (8, 8)}, {"noise": 0.3}, {"dropout": 0.2}, {"lambda_u": 1.0}, {"ramp_up": 0.9},
+        {"ensemble_decay": 0.1},
+    ):  # fmt: skip
+        changed = end(**flags)
+        assert any(not torch.equal(plain[key], changed[key]) for key in plain), flags
+
+
+def test_it_trains_and_says_how_much_disk_it_takes(quick, capsys):
+    args = quick(Args, steps=40, log_every=1, lr=3e-3, log_pseudo_accuracy=True, split="1000")
+    folder = main(args)["run_dir"]
+    rows = read_log(folder)
+    loss = [row["loss/sup"] for row in rows]
+    assert sum(loss[-10:]) < 0.9 * sum(loss[:10])
+    assert rows[0]["loss/cons"] == 0 < rows[-1]["loss/cons"]
+    assert 0.2 < rows[-1]["pseudo/seen"] <= 1 and 1 / 8 < rows[-1]["pseudo/confidence"] < 1
+    assert max(row["pseudo/accuracy"] for row in rows) > 0
+    size, most = map(
+        float, re.search(r"grow to (\S+) GB .* most (\S+) GB", capsys.readouterr().out).groups()
+    )
+    assert size == pytest.approx(1024 * 8 * 16 * 16 * 2 / 1e9, rel=0.01)
+    assert most == pytest.approx(2 * size, rel=0.01)
+    assert os.stat(f"{folder}/bank.bin").st_blocks * 512 <= most * 1e9
+
+
+def test_unlabeled_labels_are_never_read(quick, monkeypatch):
+    quick_5 = lambda *a, **flags: quick(*a, **{"split": "1000", "batch_size": 24} | flags)  # noqa: E731
+    assert_unlabeled_labels_are_not_read(temporal_ensembling, quick_5, monkeypatch)
+
+
+@pytest.mark.parametrize("flags", [
+    {"ensemble_decay": 1.0}, {"ensemble_decay": -0.1}, {"canvas": (0, 4)}, {"noise": -0.1},
+    {"dropout": 1.5}, {"lambda_u": -1.0}, {"ramp_up": 1.5},
+], ids=str)  # fmt: skip
+def test_bad_flags(quick, flags):
+    with pytest.raises(UserError, match=next(iter(flags)).replace("_", "-")):
+        main(quick(Args, **flags))
+
+
+def test_paper_rows():
+    canvas = [(64, 64), (128, 256), (45, 60), (16, 16), (64, 64)]
+    assert [row["canvas"] for row in PAPER.values()] == canvas
+    assert [row["lambda_u"] for row in PAPER.values()] == [30, 30, 16, 11, 30]
+    args = resolve(Args(dataset="cityscapes"))
+    assert (args.noise, args.dropout, args.ramp_up, args.ensemble_decay) == (
+        0.15,
+        0.5,
+        80 / 300,
+        0.6,
+    )
