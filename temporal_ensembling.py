@@ -159,9 +159,8 @@ def to_canvas(
     Returns: (B, C, h, w), 0 where not covered, and where it is covered, (B, 1, h, w) bool
     Gradient: to maps
     """
-    height, width, top, left, part_h, part_w, resized_h, resized_w, above, before, flip = view[
-        :, :, None
-    ].unbind(1)  # (B, 1) each
+    height, width, top, left, *sizes, above, before, flip = view[:, :, None].unbind(1)  # (B, 1)
+    part_h, part_w, resized_h, resized_w = sizes
 
     def find(cells, length, corner, part, resized):
         """(B, cells): the pixel of the resized window, and whether the window holds the center."""
@@ -313,9 +312,11 @@ def on_rank_0(tensor: torch.Tensor) -> torch.Tensor:
     """There, that of all processes in the order of their ranks; elsewhere as it is."""
     if not dist.is_initialized():
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.gather(tensor, parts if dist.get_rank() == 0 else None)
-    return torch.cat(parts)
+    tensor, parts = tensor.contiguous(), None
+    if dist.get_rank() == 0:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.gather(tensor, parts)
+    return torch.cat(parts) if parts else tensor
 
 
 def canvases(args, split, step: int) -> torch.Tensor:
@@ -476,8 +477,8 @@ def main(args: Args) -> dict:
             visits.append((prob.detach(), covered))
             # DIFFERS (temporal_ensembling.md 2): at once, not at the end of an epoch.
             if micro == args.accumulate - 1:  # once a step: an image may be in two micro-batches
-                values, covered_all = map(torch.cat, zip(*visits, strict=True))
-                bank.update(index, values, covered_all, args.ensemble_decay)
+                visit = map(torch.cat, zip(*visits, strict=True))
+                bank.update(index, *visit, args.ensemble_decay)
 
             confidence, pseudo_label = target.max(1, keepdim=True)
             same = pseudo_label == prob.argmax(1, keepdim=True)
