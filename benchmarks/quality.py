@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SCRIPTS = [
     name
-    for name in "cps mean_teacher cutmix_mt classmix ael cct gct cmb dcc".split()
+    for name in (
+        "cps mean_teacher pi_model temporal_ensembling cutmix_mt classmix ael cct gct cmb dcc"
+    ).split()
     if (ROOT / f"{name}.py").exists()
 ]
 # data set: (labeled split, name of the split in the table, steps)

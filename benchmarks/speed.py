@@ -131,6 +131,40 @@ def mean_teacher_floor(f: Floor):
     return step
 
 
+def pi_model_floor(f: Floor):
+    """Both views, neither cut nor noisy, but with dropout."""
+    net, labeled, unlabeled, label = f.network(), f.image(), f.image(), f.label()
+    f.script.add_dropout(net, f.args.dropout)
+    optimizer = f.optimizer(net)
+
+    def step():
+        with f.autocast:
+            logits = [torch.cat([net(labeled), net(unlabeled)]) for _ in range(2)]
+        loss = f.script.cross_entropy(logits[0][: len(label)], label)
+        f.update(loss + f.script.consistency_loss(*logits), optimizer)
+
+    return step
+
+
+def temporal_ensembling_floor(f: Floor):
+    """Without noise and bank: every view shows its whole image, and the target is in memory."""
+    net, labeled, unlabeled, label = f.network(), f.image(), f.image(), f.label()
+    f.script.add_dropout(net, f.args.dropout)
+    optimizer = f.optimizer(net)
+    view = [*[f.args.crop_size] * 2, 0, 0, *[f.args.crop_size] * 4, 0, 0, 0]
+    view = torch.tensor([view] * 2 * len(label), device=f.device)
+    target = torch.rand(len(view), f.classes, *f.args.canvas, device=f.device).softmax(1)
+
+    def step():
+        with f.autocast:
+            logits = torch.cat([net(labeled), net(unlabeled)])
+        values, covered = f.script.to_canvas(logits, view, f.args.canvas)
+        loss = f.script.consistency_loss(values.softmax(1), target, covered)
+        f.update(f.script.cross_entropy(logits[: len(label)], label) + loss, optimizer)
+
+    return step
+
+
 def cutmix_mt_floor(f: Floor):
     return teacher_floor(f, 2, lambda logits, t: f.script.consistency_loss(logits, t.softmax(1)))
 
@@ -290,6 +324,8 @@ FLOORS = {
     "supervised": supervised_floor,
     "cps": cps_floor,
     "mean_teacher": mean_teacher_floor,
+    "pi_model": pi_model_floor,
+    "temporal_ensembling": temporal_ensembling_floor,
     "cutmix_mt": cutmix_mt_floor,
     "classmix": classmix_floor,
     "ael": ael_floor,

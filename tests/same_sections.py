@@ -24,6 +24,8 @@ SCRIPTS = {
     "supervised": None,
     "cps": "supervised",
     "mean_teacher": "supervised",
+    "pi_model": "mean_teacher",
+    "temporal_ensembling": "pi_model",
     "cutmix_mt": "mean_teacher",
     "classmix": "cutmix_mt",
     "ael": "classmix",
@@ -39,6 +41,7 @@ SCRIPTS = {
 OWN_TEXT = {
     "Args", "BACKBONES", "PAPER", "box_masks", "consistency_loss", "main", "make_network",
     "ohem_cross_entropy", "strong_view", "supervised_loss", "unsupervised_loss",
+    "Args", "PAPER", "main", "box_masks", "consistency_loss", "make_batches", "ohem_cross_entropy",
 }  # fmt: skip
 BANNER = re.compile(r"^( *)# === (.+?) ===$")
 

@@ -23,9 +23,11 @@ from common.datasets import StreamSampler
 <<<<<<< HEAD
 # PseudoSeg's norm is one number for each process: it is logged, but not used here.
 ONE_STEP = {"gct": {"detector_lr": 1e-6}, "pseudoseg": {"logit_norm": False}}
-=======
 ONE_STEP = {"gct": {"detector_lr": 1e-6}, "unimatch_v2": {"threshold": 0.0}}
->>>>>>> unimatch
+=======
+# Views that share more or less of their windows make means over valid pixels differ.
+ONE_STEP = {"gct": {"detector_lr": 1e-6}, "pi_model": {"shift": 0}}
+>>>>>>> pite
 CONTEXT = multiprocessing.get_context("forkserver")  # imports the scripts once, then forks
 CONTEXT.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard"])
 
@@ -34,7 +36,7 @@ def process(rank, world_size, port, name, args, frozen):
     """One of `world_size` processes, with torchrun's variables."""
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
     from test_supervised import freeze_batchnorm
