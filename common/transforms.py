@@ -82,6 +82,22 @@ class WeakView(v2.Transform):
         return F.pad(out, margins, fill=fill) if any(margins) else out
 
 
+class LocatedView(WeakView):
+    """A weak view that also tells where it lies: view(image, label) -> (image, label, place).
+
+    place: (11,) int64, in pixels: height, width of the image; top, left corner and height, width of
+        the window cut from it; height, width of the window after scaling; margins above and left of
+        it; and 1 if it is flipped, within the window
+    """
+
+    def forward(self, image, label):
+        params = self.make_params([image, label])
+        left, top, *_ = pad_margins(*params["resized"], self.crop_size)
+        window = (*params["corner"], *params["size"], *params["resized"])
+        place = torch.tensor([*image.shape[-2:], *window, top, left, params["flip"]])
+        return self.transform(image, params), self.transform(label, params), place
+
+
 def rgb_to_hsv(image: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) in [0, 1] -> hue (in turns), saturation and value, likewise."""
     red, green, blue = image.unbind(1)

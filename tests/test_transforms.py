@@ -10,7 +10,16 @@ from conftest import SHARED, load_golden
 from torchvision import tv_tensors
 
 from common.datasets import IGNORE
-from common.transforms import MEAN, MEAN_COLOR, STD, WeakView, denormalize, normalize, pad_margins
+from common.transforms import (
+    MEAN,
+    MEAN_COLOR,
+    STD,
+    LocatedView,
+    WeakView,
+    denormalize,
+    normalize,
+    pad_margins,
+)
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
 
@@ -170,6 +179,29 @@ def test_unlabeled_views_show_the_same_pixels():
     for seed in range(10):
         with_label = view_of(WeakView(40, SCALES), image, label, seed)[0]
         assert torch.equal(with_label, view_of(WeakView(40, SCALES), image, empty, seed)[0])
+
+
+@pytest.mark.parametrize("size", [(20, 30), (64, 40), (9, 40)])
+def test_a_located_view_is_the_weak_view_and_tells_where_it_lies(size):
+    """Every pixel of the label, found again in the image from the eleven numbers alone."""
+    image, label = coordinates(*size)
+    scales, flips, padded = (0.5, 0.75, 1.0, 1.5, 2.0), 0, 0
+    for seed in range(100):
+        expected = view_of(WeakView(24, scales), image, label, seed)
+        *out, place = view_of(LocatedView(24, scales), image, label, seed)
+        assert all(map(torch.equal, out, expected)) and place.dtype == torch.int64
+        height, width, top, left, part_h, part_w, resized_h, resized_w, above, before, flip = (
+            place.tolist()
+        )
+        assert (height, width) == size and place.shape == (11,)
+        rows = top + torch.arange(resized_h) * part_h // resized_h  # nearest: the pixel's corner
+        columns = torch.arange(resized_w) * part_w // resized_w
+        columns = left + (part_w - 1 - columns if flip else columns)
+        found = torch.full_like(out[1], IGNORE)
+        found[above : above + resized_h, before : before + resized_w] = label[rows][:, columns]
+        assert torch.equal(out[1], found)
+        flips, padded = flips + flip, padded + (above + before > 0)
+    assert 30 < flips < 70 and padded > 10
 
 
 # ---- the CPS release's augmentation --------------------------------------------------------------
