@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # script -> the one it is read after
 SCRIPTS = {
     "supervised": None,
+    "self_correcting": "supervised",
     "cps": "supervised",
     "mean_teacher": "supervised",
     "cutmix_mt": "mean_teacher",
@@ -34,7 +35,7 @@ SCRIPTS = {
 }
 # Names that several papers use for different things (the interface fixes them).
 OWN_TEXT = {
-    "Args", "PAPER", "main", "box_masks", "consistency_loss", "ohem_cross_entropy",
+    "Args", "PAPER", "main", "box_masks", "consistency_loss", "make_batches", "ohem_cross_entropy",
 }  # fmt: skip
 BANNER = re.compile(r"^( *)# === (.+?) ===$")
 
