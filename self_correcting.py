@@ -110,6 +110,8 @@ class Args:
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 # DIFFERS (self_correcting.md 2): 1.5 times the common steps, a third of them for the ancillary
 # network, so that the primary network has as many as other scripts' networks.
+# DIFFERS (self_correcting.md 8): linear for camvid and shapes, where half of the masks is too few.
+# DIFFERS (self_correcting.md 9): OHEM on Cityscapes, for the ancillary network too.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -126,7 +128,7 @@ PAPER = {
     "camvid": dict(
         split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160, steps=1_500,
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        correction="linear",  # half of few labels is too little for conv
+        correction="linear",
     ),
 }  # fmt: skip
 PAPER["shapes"] = PAPER["camvid"] | dict(split="20", batch_size=16, crop_size=48)
@@ -153,6 +155,7 @@ def box_tensor(
     for number, top, left, bottom, right in boxes.clamp(min=0).tolist():
         tensor[number, top:bottom, left:right] = 1
         outside[top:bottom, left:right] = 0
+    # DIFFERS (self_correcting.md 4): the paper does not say what this channel holds.
     tensor[num_classes if background is None else background] = outside
     return tensor
 
@@ -219,8 +222,10 @@ class ConvCorrection(nn.Module):
         self.conv1 = nn.Conv2d(2 * num_classes, hidden, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden, num_classes, 3, padding=1)
 
-    def forward(self, primary_logits: torch.Tensor, ancillary_logits: torch.Tensor):
+    def forward(self, primary_logits: torch.Tensor, ancillary_logits: torch.Tensor) -> torch.Tensor:
+        # DIFFERS (self_correcting.md 6): cut off, or boxes would shape the network without them.
         logits = torch.cat([primary_logits.detach(), ancillary_logits.detach()], dim=1)
+        # DIFFERS (self_correcting.md 5): no ReLU at the end.
         return full_precision(self.conv2(self.conv1(logits).relu()))
 
 
@@ -235,6 +240,7 @@ def linear_correction(
 
 def alpha_schedule(step: int, total_steps: int, start: float = 30.0, end: float = 0.5) -> float:
     """max(end, start exp(-6 step / total_steps)). (6)"""
+    # DIFFERS (self_correcting.md 7): read from the authors' plot.
     return max(end, start * math.exp(-6 * step / total_steps))
 
 
@@ -254,15 +260,21 @@ def soft_cross_entropy(
 
 
 def ancillary_half(ids, seed: int) -> list:
-    """(|ids| + 1) // 2 of them: where the ancillary network has not seen the answer, the correction
-    network sees its honest mistakes."""
+    """(n + 1) // 2 of n images, for stage 1 of conv.
+
+    On the others, which the ancillary network never saw, the correction network sees its honest
+    mistakes.
+    """
     order = torch.randperm(len(ids), generator=step_generator(seed, "ancillary half", 0))
     return [ids[i] for i in sorted(order[: (len(ids) + 1) // 2].tolist())]
 
 
 def stage_starts(total_steps: int, correction: str) -> tuple[int, int]:
-    """First steps of stages 2 and 3: the ancillary network alone has the first third, the primary
-    and the correction network the next sixth on labeled images alone, which only conv needs."""
+    """First steps of stages 2 and 3.
+
+    1: the ancillary network, a third of the steps. 2: for conv, the primary and the correction
+    network on labeled images alone, a sixth. 3: both on all images.
+    """
     second = round(total_steps / 3)
     return second, round(total_steps / 2) if correction == "conv" else second
 
@@ -391,7 +403,7 @@ def main(args: Args) -> dict:
                 loss = loss + logs["loss/correction"]
             if stage == 3:
                 image_u, label_u, boxes_u = next(batches_u)
-                with autocast:
+                with autocast:  # DIFFERS (self_correcting.md 1): apart from the labeled ones
                     logits_u = ddp(image_u)
                 alpha = alpha_schedule(
                     step - third, args.steps - third, args.alpha_start, args.alpha_end
@@ -406,7 +418,8 @@ def main(args: Args) -> dict:
                         prob = ancillary_u.softmax(1)
                 valid = label_u != IGNORE  # all but the padding
                 loss_weak = soft_cross_entropy(logits_u, prob, valid)
-                loss = loss + loss_weak  # (2)
+                # DIFFERS (self_correcting.md 3): two means (2), of as many images each.
+                loss = loss + loss_weak
 
                 pseudo_label = prob.argmax(1)
                 logs["loss/weak"] = loss_weak
