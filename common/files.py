@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -253,6 +254,25 @@ def _ids_of_colors(rgb: np.ndarray, colors, path: Path) -> np.ndarray:
         color = " ".join(map(str, rgb[wrong][0]))
         raise UserError(f"{path}: color {color} is no class's; add it to the classes' colors")
     return ids[place]
+
+
+def read_boxes(path: Path) -> list[tuple[str, int, int, int, int]]:
+    """(name, top, left, bottom, right) of the objects in an annotation of VOC's form, half-open.
+
+    The file counts rows and columns from 1 and includes the last; boxes of an object's parts are
+    no objects.
+    """
+    try:
+        rows = []
+        for thing in ElementTree.parse(path).iterfind("object"):
+            left, top, right, bottom = (
+                round(float(thing.findtext(f"bndbox/{edge}")))
+                for edge in ("xmin", "ymin", "xmax", "ymax")
+            )
+            rows.append((thing.findtext("name").strip(), top - 1, left - 1, bottom, right))
+        return rows
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(f"{path}: not boxes in VOC's form ({error}); replace it") from None
 
 
 Colors = dict[tuple[int, int, int], int]

@@ -98,6 +98,25 @@ class LocatedView(WeakView):
         return self.transform(image, params), self.transform(label, params), place
 
 
+def boxes_in_view(boxes: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    """Boxes of an image in the pixels of its view; those that vanish are left out.
+
+    A pixel of the view lies in a box if the place in the image that it shows, at its center, does.
+
+    boxes: (n, 5) int64, class, top, left, bottom, right, half-open; view: (11,) of `LocatedView`
+    """
+    corner, part, resized, margin = view[2:10].view(4, 2)  # down, across
+    edges = boxes[:, 1:].view(-1, 2, 2)  # (n, first or behind the last, down or across)
+    # Pixel k shows corner + (k + 1/2) part / resized. In whole numbers: ceil(a / b) = -(-a // b).
+    edges = -((part - 2 * resized * (edges - corner)) // (2 * part))
+    edges = edges.clamp(min=0).minimum(resized)
+    if view[10]:
+        edges[..., 1] = resized[1] - edges[..., 1].flip(1)
+    edges = edges + margin
+    boxes = torch.cat([boxes[:, :1], edges.flatten(1)], 1)
+    return boxes[(edges[:, 0] < edges[:, 1]).all(1)]
+
+
 def rgb_to_hsv(image: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) in [0, 1] -> hue (in turns), saturation and value, likewise."""
     red, green, blue = image.unbind(1)

@@ -166,8 +166,8 @@ def assert_unlabeled_labels_are_not_read(script, quick, monkeypatch, key="pseudo
 
     load, open_data, labeled = Shapes.load, script.open_data, set()
 
-    def remember(*args):
-        data, split = open_data(*args)
+    def remember(*args, **flags):
+        data, split = open_data(*args, **flags)
         labeled.update(split.labeled, data.val_ids)
         return data, split
 

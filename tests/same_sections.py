@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # script -> the one it is read after
 SCRIPTS = {
     "supervised": None,
+    "self_correcting": "supervised",
     "cps": "supervised",
     "mean_teacher": "supervised",
     "pi_model": "mean_teacher",

@@ -115,6 +115,7 @@ def test_the_fake_gpu_sees_what_it_must(fake_gpu):
 
 FLAGS = {
     "temporal_ensembling": [{"accumulate": 2}],
+    "self_correcting": [{"correction": "none"}, {"correction": "conv"}],
     "cps": [{"supervised_loss": "ohem"}, {"cps_target": "probability"}],
     "cutmix_mt": [{"mask_mode": "cutout"}],
     "ael": [{"labeled_consistency": True, "paste_any": True}],
