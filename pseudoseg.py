@@ -16,11 +16,13 @@ lists what differs.
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -37,7 +39,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.models.resnet import Bottleneck, ResNet
 from tqdm import tqdm
 
-from common import UserError, claim
+from common import UserError, claim, explain
 from common.datasets import (
     IGNORE,
     MicroBatches,
@@ -48,7 +50,8 @@ from common.datasets import (
     stream_seed,
 )
 from common.evaluation import Protocol, pixel_accuracy, side_by_side, validate
-from common.transforms import WeakView, color_jitter, normalize, statistics
+from common.files import load_weights, read_weights
+from common.transforms import MEAN, STD, WeakView, color_jitter, normalize, statistics
 
 # Kinds of numbers, with their least and greatest value.
 Whole, Count = Annotated[int, 0, math.inf], Annotated[int, 1, math.inf]
@@ -133,7 +136,9 @@ PAPER = {
     ),
 }  # fmt: skip
 PAPER["shapes"] = PAPER["camvid"] | dict(split="20", batch_size=16, crop_size=48)
-PAPER["folder"] = PAPER["voc"] | dict(split="labeled.txt", steps=39_680)
+PAPER["folder"] = PAPER["voc"] | dict(
+    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680
+)
 
 
 # === self-attention Grad-CAM ===
@@ -330,7 +335,7 @@ def strong_view(
 
 # === sizes and schedule ===
 def upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """What `DeepLabV3Plus.forward` does with the classifier's logits."""
+    """To full size, as `DeepLabV3Plus.forward` does with the classifier's logits."""
     return F.interpolate(full_precision(logits), size, mode="bilinear", align_corners=True)
 
 
@@ -428,7 +433,6 @@ def main(args: Args) -> dict:
     for name, thing in saved.items() if start else ():
         if state := checkpoint.pop(name):  # the scaler's is empty unless fp16
             thing.load_state_dict(state)
-    miou, best_miou = checkpoint["miou"], checkpoint["best_miou"]
     history, clock = [], time.perf_counter()
     silent = True if rank else None  # None: unless stderr is a terminal
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=silent):
@@ -516,22 +520,22 @@ def main(args: Args) -> dict:
         row = average(history, done, args.accumulate, world_size)  # makes a GPU wait
         images = args.batch_size * len(history) / args.accumulate  # labeled ones
         row |= {"lr": lr, "time/images_per_s": images / (time.perf_counter() - clock)}
+        if last:  # a fault in the last evaluation loses no training
+            run.save("last.pt", done, saved, evaluated, unscored=row)
         if eval_now:
             with autocast:
                 row |= validate(saved[evaluated], data, protocol, device, args.num_workers)
-            miou = row["val/miou"]
-        run.log(done, row, pictures if eval_now else {})
-        is_best, best_miou = miou > best_miou, max(miou, best_miou)
-        scores = {"step": done, "miou": miou, "best_miou": best_miou, "evaluated": evaluated}
-        if is_best:
-            run.save("best.pt", scores | {evaluated: saved[evaluated].state_dict()})
-        if save_now:
-            run.save("last.pt", scores | {name: x.state_dict() for name, x in saved.items()})
+        run.report(done, row, pictures if eval_now else {}, saved, evaluated, save_now)
         history, clock = [], time.perf_counter()
 
     # === finish (copied) ===
-    run.close(f"mIoU {100 * miou:.2f} (last), {100 * best_miou:.2f} (best), {protocol}")
-    return {"miou": miou, "best_miou": best_miou, "steps": args.steps, "run_dir": str(run.folder)}
+    if checkpoint["unscored"]:  # what ended the run came in its last evaluation
+        with autocast:
+            scores = validate(saved[evaluated], data, protocol, device, args.num_workers)
+        run.report(args.steps, checkpoint["unscored"] | scores, {}, saved, evaluated, True)
+    run.close(f"mIoU {100 * run.miou:.2f} (last), {100 * run.best_miou:.2f} (best), {protocol}")
+    scores = {"miou": run.miou, "best_miou": run.best_miou}
+    return scores | {"steps": args.steps, "run_dir": str(run.folder)}
 
 
 # === model (copied) ===
@@ -627,7 +631,7 @@ class DeepLabV3Plus(nn.Module):
 
 
 def make_network(args, num_classes: int, name: str) -> DeepLabV3Plus:
-    """A network that starts from (seed, name), its encoder from torchvision's weights or a file."""
+    """A network that starts from (seed, name), then from torchvision's encoder or from a file."""
     torch.manual_seed(stream_seed(args.seed, f"weights/{name}"))
     network = DeepLabV3Plus(num_classes, args.backbone)
     if args.weights == "none" or (dist.is_initialized() and dist.get_rank() > 0):
@@ -635,11 +639,9 @@ def make_network(args, num_classes: int, name: str) -> DeepLabV3Plus:
     try:
         if args.weights == "imagenet":
             weights = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1
-            state = weights.get_state_dict(check_hash=True)
+            load_weights(network, weights.get_state_dict(check_hash=True))
         else:
-            state = torch.load(args.weights, map_location="cpu", weights_only=True)
-        state = {k: v for k, v in state.items() if not k.startswith("fc.")}
-        network.backbone.load_state_dict(state)
+            load_weights(network, read_weights(args.weights))
     except Exception as error:  # torch raises many kinds for a bad file
         mend = f"use none, a file, or put imagenet's into {torch.hub.get_dir()}/checkpoints"
         raise UserError(f"--weights {args.weights}, {args.backbone}: {error}; {mend}") from None
@@ -657,6 +659,7 @@ def prepare(network: nn.Module, args, world_size: int, device: torch.device) -> 
     if world_size == 1:
         return network
     # Buffers stay local: a broadcast between two forwards would change what backward needs.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # its successor is not in torch 2.11
     return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -727,7 +730,9 @@ def resolve(args):
         name, value = field.name, getattr(args, field.name)
         if value is None and name in row:
             value = row[name](args) if callable(row[name]) else row[name]
-            args = replace(args, **{name: value})
+        if isinstance(value, str):
+            value = os.path.expanduser(value)
+        args = replace(args, **{name: value})
         kinds = (field.type, *get_args(field.type))  # of Count | None, Count has the range
         ranges = [kind.__metadata__ for kind in kinds if hasattr(kind, "__metadata__")]
         for least, most in ranges if value is not None else ():
@@ -740,11 +745,15 @@ def resolve(args):
 
 def find_device(args) -> tuple[int, int, torch.device]:
     """(rank, world_size, device) from torchrun's variables; one process when there are none."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, here = (int(os.environ.get(f"LOCAL_{n}", 0)) for n in ("RANK", "WORLD_SIZE"))
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+    found = [name for name in [*names, "MASTER_ADDR"] if name in os.environ]
+    if "WORLD_SIZE" in found and len(found) < 5:  # left over, or set by a scheduler
+        raise UserError(f"{', '.join(found)} set, but not by torchrun: use it, or unset WORLD_SIZE")
+    default = [0, 1, 0, 1]
+    rank, world_size, local_rank, here = map(int, map(os.environ.get, names, default))
     count = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": world_size}
     kind = next(k for k in count if count[k]) if args.device == "auto" else args.device
-    if max(here, 1) > count[kind]:  # found by all processes of a machine, so that rank 0 says it
+    if here > count[kind]:  # found by all processes of a machine, so that rank 0 says it
         raise UserError(f"--device {kind}: {count[kind]} here; use fewer processes, or cpu")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
@@ -763,9 +772,9 @@ def find_device(args) -> tuple[int, int, torch.device]:
 
 # Flags that may change between the parts of one run: none changes its numbers but by rounding.
 NEUTRAL = (
-    "output_dir device compile deterministic num_workers data_root download check_data log_every "
-    "eval_every save_every log_pseudo_accuracy"
-).split()
+    "output_dir device compile deterministic num_workers data_root split download check_data "
+    "log_every eval_every save_every log_pseudo_accuracy"
+).split()  # the images that `split` names are compared themselves
 
 
 class Run:
@@ -776,31 +785,34 @@ class Run:
         self.folder, self.rank = Path(args.output_dir) / "__".join(names), rank
         self.last = self.folder / "last.pt"
         self.args = asdict(args) | {"script": Path(__file__).stem, "split_identity": split.identity}
+        self.args |= data.fingerprint(split)
         self.meta = {"args": self.args, "classes": data.classes, "palette": data.palette}
-        if self.last.exists():
+        self.meta |= {"mean": MEAN, "std": STD}
+        if self.last.exists() or (self.folder / "best.pt").exists():
             before = json.loads((self.folder / "args.json").read_text())
             now = json.loads(json.dumps(self.args))  # tuples as lists
             changed = [k for k in now if k not in NEUTRAL and before.get(k) != now[k]]
             if changed:
                 pairs = ", ".join(f"{k} {before.get(k)} -> {now[k]}" for k in changed)
                 mend = "use another --exp-name to keep it, or delete it"
-                raise UserError(f"{self.folder} holds a run with other arguments, {pairs}; {mend}")
+                raise UserError(f"{self.folder} holds a run that differs in {pairs}; {mend}")
 
     def open(self) -> dict:
         """Begin the files or continue them; returns the last checkpoint, on every process."""
-        last = [{"step": 0, "miou": -1.0, "best_miou": -1.0, "log_bytes": 0}]
+        last = [{"step": 0, "miou": -1.0, "best_miou": -1.0, "log_bytes": 0, "unscored": None}]
         if self.rank == 0:
             if self.last.exists():
                 try:
                     last = [torch.load(self.last, map_location="cpu", weights_only=True)]
                 except Exception as error:  # torch raises many kinds for a damaged file
                     raise UserError(f"{self.last}: {error}; delete it to start anew") from None
-            self.begin(**last[0])
+            self.begin(last[0]["step"], last[0]["log_bytes"])
         if dist.is_initialized():
             dist.broadcast_object_list(last)
+        self.miou, self.best_miou = last[0]["miou"], last[0]["best_miou"]
         return last[0]
 
-    def begin(self, step: int, log_bytes: int, **_) -> None:
+    def begin(self, step: int, log_bytes: int) -> None:
         """Open the files; rows of the log from after the checkpoint are cut."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows = (self.folder / "log.jsonl").open("a")
@@ -810,12 +822,27 @@ class Run:
         if step == 0:
             shutil.copy(__file__, self.folder)
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
-        env = {"command": sys.argv, "torch": torch.__version__, "gpu": gpu, "commit": commit}
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        failed, commit = subprocess.getstatusoutput(shlex.join(git))
+        env = {"command": sys.argv, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        env |= {"gpu": gpu, "commit": None if failed else commit}
         (self.folder / "env.json").write_text(json.dumps(env, indent=1))
         (self.folder / "args.json").write_text(json.dumps(self.args, indent=1))
         how = f"from step {step}; stop it at any time, the same command continues"
-        print(self.folder, json.dumps(self.args), how, sep="\n", flush=True)
+        what = (self.folder, self.args["split_identity"], json.dumps(self.args), how)
+        print(*what, sep="\n", flush=True)
+        if self.args["supervised_loss"] == "ohem" and self.args["crop_size"] ** 2 <= 50_000:
+            print("note: ohem keeps 50,000 pixels an image, which is all of so small a crop")
+
+    def report(self, step: int, row: dict, pictures: dict, saved, evaluated, save_now) -> None:
+        """Log a row, keep the network with the best mIoU so far, and save where it is time."""
+        self.log(step, row, pictures)
+        self.miou = row.get("val/miou", self.miou)
+        is_best, self.best_miou = self.miou > self.best_miou, max(self.miou, self.best_miou)
+        if is_best:
+            self.save("best.pt", step, {evaluated: saved[evaluated]}, evaluated)
+        if save_now:
+            self.save("last.pt", step, saved, evaluated)
 
     def log(self, step: int, row: dict[str, float], pictures: dict[str, tuple[list, list]]) -> None:
         """One JSON object, the same keys in TensorBoard, and a line; pictures: (images, maps)."""
@@ -829,12 +856,15 @@ class Run:
             shown = [f"{k} {v:.4g}" for k, v in row.items() if not k.startswith("val/iou/")]
             tqdm.write("  ".join([f"step {step}", *shown]), file=sys.stderr)
 
-    def save(self, name: str, state: dict) -> None:
+    def save(self, name: str, step: int, saved: dict, evaluated: str, unscored=None) -> None:
         """Write atomically: whenever process or machine die, the file is whole, old or new."""
         if self.rank == 0:
+            state = {"meta": self.meta, "log_bytes": self.rows.tell(), "step": step}
+            state |= {"miou": self.miou, "best_miou": self.best_miou, "evaluated": evaluated}
+            state |= {"unscored": unscored} | {k: thing.state_dict() for k, thing in saved.items()}
             part = self.folder / f"{name}.part"
             with part.open("wb") as file:
-                torch.save({"meta": self.meta, "log_bytes": self.rows.tell()} | state, file)
+                torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self.folder / name)
@@ -851,12 +881,16 @@ class Run:
 
 def command_line() -> None:
     """`main` with the command line's flags; a mistake in the input is one line, exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names that a terminal cannot show
     try:
         main(tyro.cli(Args))
-    except (UserError, OSError, FloatingPointError) as error:
+    except Exception as error:
+        if not (text := explain(error)):
+            raise
+        sys.unraisablehook = lambda _: None  # of loaders that never began
         # Before the processes meet, all find the same mistake; afterwards it is this one's own.
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 

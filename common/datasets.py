@@ -236,8 +236,6 @@ class SegmentationData:
         validation = sorted(self.val_ids)
         masks = (self.label_path(i).read_bytes() for i in (*split.labeled, *validation))
         used = sorted({*split.labeled, *split.unlabeled, *validation})
-        masks = (self.label_path(i).read_bytes() for i in (*split.labeled, *self.val_ids))
-        used = sorted({*split.labeled, *split.unlabeled, *self.val_ids})
         boxed = (*split.labeled, *split.unlabeled) if self.with_boxes else ()
         boxes = digest(path.read_bytes() for i in boxed for path in self.box_files(i))
         return {

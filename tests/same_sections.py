@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # script -> the one it is read after
 SCRIPTS = {
     "supervised": None,
-    "self_correcting": "supervised",
     "cps": "supervised",
     "mean_teacher": "supervised",
     "pi_model": "mean_teacher",
@@ -36,13 +35,13 @@ SCRIPTS = {
     "dcc": "supervised",
     "pseudoseg": "supervised",
     "self_training": "supervised",
+    "self_correcting": "supervised",
     "unimatch_v2": "mean_teacher",
 }
 # Names that several papers use for different things (the interface fixes them).
 OWN_TEXT = {
-    "Args", "BACKBONES", "PAPER", "box_masks", "consistency_loss", "main", "make_network",
-    "ohem_cross_entropy", "strong_view", "supervised_loss", "unsupervised_loss",
-    "Args", "PAPER", "main", "box_masks", "consistency_loss", "make_batches", "ohem_cross_entropy",
+    "Args", "BACKBONES", "PAPER", "box_masks", "consistency_loss", "main", "make_batches",
+    "make_network", "ohem_cross_entropy", "strong_view", "supervised_loss", "unsupervised_loss",
 }  # fmt: skip
 BANNER = re.compile(r"^( *)# === (.+?) ===$")
 

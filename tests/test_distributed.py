@@ -20,14 +20,12 @@ import supervised
 from common.datasets import StreamSampler
 
 # Adam's first step is +-lr wherever the gradient is rounding alone; its moments are compared, too.
-<<<<<<< HEAD
-# PseudoSeg's norm is one number for each process: it is logged, but not used here.
-ONE_STEP = {"gct": {"detector_lr": 1e-6}, "pseudoseg": {"logit_norm": False}}
-ONE_STEP = {"gct": {"detector_lr": 1e-6}, "unimatch_v2": {"threshold": 0.0}}
-=======
-# Views that share more or less of their windows make means over valid pixels differ.
-ONE_STEP = {"gct": {"detector_lr": 1e-6}, "pi_model": {"shift": 0}}
->>>>>>> pite
+# PseudoSeg's norm is one number for each process: it is logged, but not used here. Views of the
+# Pi-model that share more or less of their windows make means over valid pixels differ.
+ONE_STEP = {
+    "gct": {"detector_lr": 1e-6}, "pi_model": {"shift": 0}, "pseudoseg": {"logit_norm": False},
+    "unimatch_v2": {"threshold": 0.0},
+}  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")  # imports the scripts once, then forks
 CONTEXT.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard"])
 
