@@ -1,9 +1,11 @@
 """CMB: class-wise memory bank (Alonso, Sabater, Ferstl, Montesano, Murillo, ICCV 2021, 2104.13415).
 
-    L = CE(f(x_l), y_l) + r(t) CE(f(a(x_u)), a(argmax g(x_u))) max(g)^6 + w_h H(f(a(x_u)))
-        + w_c [D(q(x_l), y_l) + D(q(a(x_u)), argmax g)],
+    L = CE(f(x_l), y_l) + lambda_u r(t) max g(x_u)^6 CE(f(a(x_u)), a(argmax g(x_u)))
+        + lambda_entropy H(f(a(x_u))) + lambda_contrastive [D(q(x_l), y_l)
+        + D(q(a(x_u)), a(argmax g(x_u)))],
     D: weighted mean cosine distance of features q from the memory bank of their class, which holds
-    features of labeled pixels where the teacher g is right and sure; a: a strong view, two of each
+    features of labeled pixels where the teacher g is right and sure; H: entropy; a: a strong view,
+    two of each image; r: a ramp up to 1
 
     python cmb.py --dataset shapes                               # no data, no GPU: minutes
     python cmb.py --split 1/8                                    # one GPU, Pascal VOC
@@ -74,7 +76,7 @@ class Args:
     seed: Whole = 0  # weights, data order, views and masks follow from it
     output_dir: str = "runs"  # folder of the run directories
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; auto: on GPUs
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; auto: on CUDA
     compile: bool = False  # torch.compile the networks
     deterministic: bool = False  # deterministic algorithms on GPUs, where torch has them
     num_workers: Whole = 2 if torch.accelerator.is_available() else 0  # loaders per stream; 0: none
@@ -89,13 +91,13 @@ class Args:
 
     backbone: Literal["resnet50", "resnet101", "resnet14"] | None = None  # resnet14: for CPUs
     weights: str | None = None  # the encoder's start: imagenet, none, or a torchvision state dict
-    batch_size: Count | None = None  # labeled images per step, all processes (as many unlabeled)
+    batch_size: Count | None = None  # labeled images per step, over all processes
     accumulate: Count = 1  # micro-batches per step, for small cards; BatchNorm sees one at a time
     crop_size: Annotated[int, 32, math.inf] | None = None  # side of the training crops, pixels
     steps: Count | None = None  # optimizer steps; ramps and warm-ups are fractions of it
     optimizer: Literal["sgd", "adamw"] | None = None  # poly schedule, power 0.9
     lr: Amount | None = None  # learning rate at step 0, for any number of processes
-    head_lr_mult: Amount = 1.0  # of everything but the encoder, as a multiple of the encoder's
+    head_lr_mult: Amount | None = None  # of all but the encoder, as a multiple of the encoder's
     momentum: Annotated[float, 0, 0.999] | None = None  # SGD's momentum, AdamW's beta_1
     weight_decay: Amount | None = None  # of weights; BatchNorm and biases have none
     supervised_loss: Literal["ce", "ohem"] | None = None  # ohem: hard pixels (0.7, 50,000 an image)
@@ -116,7 +118,7 @@ class Args:
     bank_attention: Literal["on", "off"] = "on"  # weights for its vectors; off: as released
     classmix: Annotated[tuple[float, float], 0, 1] = (0.2, 0.75)  # chances: labeled, unlabeled view
     blur: Literal["isotropic", "horizontal"] = "isotropic"  # horizontal: along rows, as released
-    class_balance: bool | None = None  # rare classes weigh more, in the supervised loss if it is ce
+    class_balance: bool | None = None  # rare classes weigh more in L_p, and in plain cross-entropy
     ramp_up: Share | None = None  # share of the steps before all terms act (the bank: half of it)
     evaluate: Literal["student", "teacher"] = "student"  # network to evaluate
     log_pseudo_accuracy: bool = False  # where unlabeled images have labels, for the log alone
@@ -649,14 +651,6 @@ def gather(value: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-# === schedules ===
-def ramp_up(step: int, ramp_up_steps: float) -> float:
-    """exp(-5 (1 - t)^2) with t = step / ramp_up_steps; 1 from `ramp_up_steps` on."""
-    if step >= ramp_up_steps:
-        return 1.0
-    return math.exp(-5 * (1 - step / ramp_up_steps) ** 2)
-
-
 def cosine_decay(step: int, steps: int, start: float) -> float:
     """EMA decay: `start`, rising to 1 at the end by half a cosine; 1 - 1/(10 t + 1) at first."""
     rest = (1 - start) * (math.cos(math.pi * step / steps) + 1) / 2
@@ -667,6 +661,14 @@ def cosine_decay(step: int, steps: int, start: float) -> float:
 def paste(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """`a` where the mask (B, 1, H, W) is 0, `b` where it is 1; maps (B, H, W) mix likewise."""
     return torch.where((mask if a.ndim == 4 else mask[:, 0]) > 0.5, b, a)
+
+
+# === schedules (copied) ===
+def ramp_up(step: int, ramp_up_steps: float) -> float:
+    """exp(-5 (1 - t)^2) with t = step / ramp_up_steps; 1 from `ramp_up_steps` on."""
+    if step >= ramp_up_steps:
+        return 1.0
+    return math.exp(-5 * (1 - step / ramp_up_steps) ** 2)
 
 
 # === teacher (copied) ===
@@ -778,7 +780,7 @@ def main(args: Args) -> dict:
         if state := checkpoint.pop(name):  # the scaler's is empty unless fp16
             thing.load_state_dict(state)
     history, clock = [], time.perf_counter()
-    silent = True if rank else None  # None: unless stderr is a terminal
+    silent = True if rank else None  # None: silent unless stderr is a terminal
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=silent):
         # === batch (copied) ===
         torch.manual_seed(stream_seed(args.seed, f"step/rank {rank}", step))  # as if never stopped
@@ -891,7 +893,7 @@ def main(args: Args) -> dict:
         history, clock = [], time.perf_counter()
 
     # === finish (copied) ===
-    if checkpoint["unscored"]:  # what ended the run came in its last evaluation
+    if checkpoint["unscored"]:  # the run was stopped in its last evaluation: this is it
         with autocast:
             scores = validate(saved[evaluated], data, protocol, device, args.num_workers)
         run.report(args.steps, checkpoint["unscored"] | scores, {}, saved, evaluated, True)
@@ -907,7 +909,8 @@ class SlimBottleneck(Bottleneck):
     expansion = 1
 
 
-# name: (block, blocks per stage, stages without stride, width of the 3x3, head width, ASPP rates)
+# name: (block, blocks per stage, stages 2 to 4: dilated instead of strided, width of the 3x3,
+#        head width, ASPP rates)
 BACKBONES = {
     "resnet50": (Bottleneck, [3, 4, 6, 3], [False, False, True], 64, 256, (6, 12, 18)),
     "resnet101": (Bottleneck, [3, 4, 23, 3], [False, False, True], 64, 256, (6, 12, 18)),
@@ -1010,21 +1013,7 @@ def make_network(args, num_classes: int, name: str) -> DeepLabV3Plus:
     return network
 
 
-# === training (copied) ===
-def prepare(network: nn.Module, args, world_size: int, device: torch.device) -> nn.Module:
-    """Move a module to its device; returns what to call for training, itself or its DDP wrapper."""
-    if world_size > 1 and device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network.to(device, memory_format=torch.channels_last)
-    if args.compile:
-        network.compile()
-    if world_size == 1:
-        return network
-    # Buffers stay local: a broadcast between two forwards would change what backward needs.
-    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # its successor is not in torch 2.11
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
+# === loader (copied) ===
 def make_batches(args, data, ids, stream, place, partner=None, labels="all"):
     """Endless micro-batches of weak views: (B, 3, H, W) normalized and (B, H, W) int64.
 
@@ -1041,6 +1030,21 @@ def make_batches(args, data, ids, stream, place, partner=None, labels="all"):
     )
     on_device = ([part.to(device, non_blocking=True) for part in batch] for batch in loader)
     return ((normalize(image), label.long()) for image, label in on_device)
+
+
+# === training (copied) ===
+def prepare(network: nn.Module, args, world_size: int, device: torch.device) -> nn.Module:
+    """Move a module to its device; returns what to call for training, itself or its DDP wrapper."""
+    if world_size > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        network.compile()
+    if world_size == 1:
+        return network
+    # Buffers stay local: a broadcast between two forwards would change what backward needs.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # deprecated; 2.11 has no other
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def make_optimizer(networks, args, device: torch.device) -> torch.optim.Optimizer:
@@ -1087,7 +1091,8 @@ def average(history: list[dict], done: int, accumulate: int, world_size: int) ->
 # === run (copied) ===
 def resolve(args):
     """Fill what is None from the data set's row of PAPER; hold every number to its kind's range."""
-    row = PAPER[args.dataset] | {"eval_every": lambda args: max(1, args.steps // 10)}
+    row = {"head_lr_mult": 1.0, "eval_every": lambda args: max(1, args.steps // 10)}
+    row |= PAPER[args.dataset]
     for field in fields(args):  # in order: an entry may look at those before it
         name, value = field.name, getattr(args, field.name)
         if value is None and name in row:
@@ -1132,7 +1137,7 @@ def find_device(args) -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
-# Flags that may change between the parts of one run: none changes its numbers but by rounding.
+# Flags that may change between the parts of one run: none changes its weights but by rounding.
 NEUTRAL = (
     "output_dir device compile deterministic num_workers data_root split download check_data "
     "log_every eval_every save_every log_pseudo_accuracy"

@@ -1,7 +1,7 @@
 """Mean Teacher (Tarvainen, Valpola, NeurIPS 2017, 1703.01780) as CPS's authors run it.
 
-    L = CE(f(x_l), y_l) + w |softmax f(x) - softmax g(x)|^2,
-    g: an exponential moving average of the student f over its own training
+    L = CE(f(x_l), y_l) + lambda r(t) |softmax f(x) - softmax g(x)|^2, x: labeled and unlabeled,
+    g: an exponential moving average of the student f over its own training; r: a ramp up to 1
 
     python mean_teacher.py --dataset shapes                      # no data, no GPU: minutes
     python mean_teacher.py --split 1/8                           # one GPU, Pascal VOC
@@ -66,7 +66,7 @@ class Args:
     seed: Whole = 0  # weights, data order, views and masks follow from it
     output_dir: str = "runs"  # folder of the run directories
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; auto: on GPUs
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; auto: on CUDA
     compile: bool = False  # torch.compile the networks
     deterministic: bool = False  # deterministic algorithms on GPUs, where torch has them
     num_workers: Whole = 2 if torch.accelerator.is_available() else 0  # loaders per stream; 0: none
@@ -81,13 +81,13 @@ class Args:
 
     backbone: Literal["resnet50", "resnet101", "resnet14"] | None = None  # resnet14: for CPUs
     weights: str | None = None  # the encoder's start: imagenet, none, or a torchvision state dict
-    batch_size: Count | None = None  # labeled images per step, all processes (as many unlabeled)
+    batch_size: Count | None = None  # labeled images per step, over all processes
     accumulate: Count = 1  # micro-batches per step, for small cards; BatchNorm sees one at a time
     crop_size: Annotated[int, 32, math.inf] | None = None  # side of the training crops, pixels
     steps: Count | None = None  # optimizer steps; ramps and warm-ups are fractions of it
     optimizer: Literal["sgd", "adamw"] | None = None  # poly schedule, power 0.9
     lr: Amount | None = None  # learning rate at step 0, for any number of processes
-    head_lr_mult: Amount = 1.0  # of everything but the encoder, as a multiple of the encoder's
+    head_lr_mult: Amount | None = None  # of all but the encoder, as a multiple of the encoder's
     momentum: Annotated[float, 0, 0.999] | None = None  # SGD's momentum, AdamW's beta_1
     weight_decay: Amount | None = None  # of weights; BatchNorm and biases have none
     supervised_loss: Literal["ce", "ohem"] | None = None  # ohem: hard pixels (0.7, 50,000 an image)
@@ -171,6 +171,7 @@ def ramp_up(step: int, ramp_up_steps: float) -> float:
     return math.exp(-5 * (1 - step / ramp_up_steps) ** 2)
 
 
+# === ema decay (copied) ===
 def ema_decay(step: int, max_decay: float) -> float:
     """min(1 - 1 / (step + 1), max_decay): a plain mean at first; step 0 copies the student."""
     return min(1 - 1 / (step + 1), max_decay)
@@ -269,7 +270,7 @@ def main(args: Args) -> dict:
         if state := checkpoint.pop(name):  # the scaler's is empty unless fp16
             thing.load_state_dict(state)
     history, clock = [], time.perf_counter()
-    silent = True if rank else None  # None: unless stderr is a terminal
+    silent = True if rank else None  # None: silent unless stderr is a terminal
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=silent):
         # === batch (copied) ===
         torch.manual_seed(stream_seed(args.seed, f"step/rank {rank}", step))  # as if never stopped
@@ -289,9 +290,9 @@ def main(args: Args) -> dict:
                 n = len(image_l)
                 first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
                 generator = step_generator(args.seed, "noise", step)
-                draw = (args.batch_size, args.crop_size, args.noise, generator)
+                shape = (args.batch_size, args.crop_size, args.noise, generator)
                 images = [
-                    add_noise(image, draw_noise(*draw)[first : first + n].to(device))
+                    add_noise(image, draw_noise(*shape)[first : first + n].to(device))
                     for image in images
                 ]
             image_l, taught_l, image_u, taught_u = images
@@ -350,7 +351,7 @@ def main(args: Args) -> dict:
         history, clock = [], time.perf_counter()
 
     # === finish (copied) ===
-    if checkpoint["unscored"]:  # what ended the run came in its last evaluation
+    if checkpoint["unscored"]:  # the run was stopped in its last evaluation: this is it
         with autocast:
             scores = validate(saved[evaluated], data, protocol, device, args.num_workers)
         run.report(args.steps, checkpoint["unscored"] | scores, {}, saved, evaluated, True)
@@ -366,7 +367,8 @@ class SlimBottleneck(Bottleneck):
     expansion = 1
 
 
-# name: (block, blocks per stage, stages without stride, width of the 3x3, head width, ASPP rates)
+# name: (block, blocks per stage, stages 2 to 4: dilated instead of strided, width of the 3x3,
+#        head width, ASPP rates)
 BACKBONES = {
     "resnet50": (Bottleneck, [3, 4, 6, 3], [False, False, True], 64, 256, (6, 12, 18)),
     "resnet101": (Bottleneck, [3, 4, 23, 3], [False, False, True], 64, 256, (6, 12, 18)),
@@ -469,21 +471,7 @@ def make_network(args, num_classes: int, name: str) -> DeepLabV3Plus:
     return network
 
 
-# === training (copied) ===
-def prepare(network: nn.Module, args, world_size: int, device: torch.device) -> nn.Module:
-    """Move a module to its device; returns what to call for training, itself or its DDP wrapper."""
-    if world_size > 1 and device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network.to(device, memory_format=torch.channels_last)
-    if args.compile:
-        network.compile()
-    if world_size == 1:
-        return network
-    # Buffers stay local: a broadcast between two forwards would change what backward needs.
-    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # its successor is not in torch 2.11
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
+# === loader (copied) ===
 def make_batches(args, data, ids, stream, place, partner=None, labels="all"):
     """Endless micro-batches of weak views: (B, 3, H, W) normalized and (B, H, W) int64.
 
@@ -500,6 +488,21 @@ def make_batches(args, data, ids, stream, place, partner=None, labels="all"):
     )
     on_device = ([part.to(device, non_blocking=True) for part in batch] for batch in loader)
     return ((normalize(image), label.long()) for image, label in on_device)
+
+
+# === training (copied) ===
+def prepare(network: nn.Module, args, world_size: int, device: torch.device) -> nn.Module:
+    """Move a module to its device; returns what to call for training, itself or its DDP wrapper."""
+    if world_size > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        network.compile()
+    if world_size == 1:
+        return network
+    # Buffers stay local: a broadcast between two forwards would change what backward needs.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # deprecated; 2.11 has no other
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def make_optimizer(networks, args, device: torch.device) -> torch.optim.Optimizer:
@@ -546,7 +549,8 @@ def average(history: list[dict], done: int, accumulate: int, world_size: int) ->
 # === run (copied) ===
 def resolve(args):
     """Fill what is None from the data set's row of PAPER; hold every number to its kind's range."""
-    row = PAPER[args.dataset] | {"eval_every": lambda args: max(1, args.steps // 10)}
+    row = {"head_lr_mult": 1.0, "eval_every": lambda args: max(1, args.steps // 10)}
+    row |= PAPER[args.dataset]
     for field in fields(args):  # in order: an entry may look at those before it
         name, value = field.name, getattr(args, field.name)
         if value is None and name in row:
@@ -591,7 +595,7 @@ def find_device(args) -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
-# Flags that may change between the parts of one run: none changes its numbers but by rounding.
+# Flags that may change between the parts of one run: none changes its weights but by rounding.
 NEUTRAL = (
     "output_dir device compile deterministic num_workers data_root split download check_data "
     "log_every eval_every save_every log_pseudo_accuracy"

@@ -261,6 +261,7 @@ def ramp_up(step: int, ramp_up_steps: float) -> float:
     return math.exp(-5 * (1 - step / ramp_up_steps) ** 2)
 
 
+# === ema decay (copied) ===
 def ema_decay(step: int, max_decay: float) -> float:
     """min(1 - 1 / (step + 1), max_decay): a plain mean at first; step 0 copies the student."""
     return min(1 - 1 / (step + 1), max_decay)
@@ -362,7 +363,7 @@ def main(args: Args) -> dict:
         if state := checkpoint.pop(name):  # the scaler's is empty unless fp16
             thing.load_state_dict(state)
     history, clock = [], time.perf_counter()
-    silent = True if rank else None  # None: unless stderr is a terminal
+    silent = True if rank else None  # None: silent unless stderr is a terminal
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=silent):
         # === batch (copied) ===
         torch.manual_seed(stream_seed(args.seed, f"step/rank {rank}", step))  # as if never stopped
@@ -454,7 +455,7 @@ def main(args: Args) -> dict:
         history, clock = [], time.perf_counter()
 
     # === finish (copied) ===
-    if checkpoint["unscored"]:  # what ended the run came in its last evaluation
+    if checkpoint["unscored"]:  # the run was stopped in its last evaluation: this is it
         with autocast:
             scores = validate(saved[evaluated], data, protocol, device, args.num_workers)
         run.report(args.steps, checkpoint["unscored"] | scores, {}, saved, evaluated, True)
@@ -689,21 +690,7 @@ def make_network(args, num_classes: int, name: str) -> DPT:
     return network
 
 
-# === training (copied) ===
-def prepare(network: nn.Module, args, world_size: int, device: torch.device) -> nn.Module:
-    """Move a module to its device; returns what to call for training, itself or its DDP wrapper."""
-    if world_size > 1 and device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network.to(device, memory_format=torch.channels_last)
-    if args.compile:
-        network.compile()
-    if world_size == 1:
-        return network
-    # Buffers stay local: a broadcast between two forwards would change what backward needs.
-    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # its successor is not in torch 2.11
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
+# === loader (copied) ===
 def make_batches(args, data, ids, stream, place, partner=None, labels="all"):
     """Endless micro-batches of weak views: (B, 3, H, W) normalized and (B, H, W) int64.
 
@@ -720,6 +707,21 @@ def make_batches(args, data, ids, stream, place, partner=None, labels="all"):
     )
     on_device = ([part.to(device, non_blocking=True) for part in batch] for batch in loader)
     return ((normalize(image), label.long()) for image, label in on_device)
+
+
+# === training (copied) ===
+def prepare(network: nn.Module, args, world_size: int, device: torch.device) -> nn.Module:
+    """Move a module to its device; returns what to call for training, itself or its DDP wrapper."""
+    if world_size > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        network.compile()
+    if world_size == 1:
+        return network
+    # Buffers stay local: a broadcast between two forwards would change what backward needs.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # deprecated; 2.11 has no other
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def make_optimizer(networks, args, device: torch.device) -> torch.optim.Optimizer:
@@ -766,7 +768,8 @@ def average(history: list[dict], done: int, accumulate: int, world_size: int) ->
 # === run (copied) ===
 def resolve(args):
     """Fill what is None from the data set's row of PAPER; hold every number to its kind's range."""
-    row = PAPER[args.dataset] | {"eval_every": lambda args: max(1, args.steps // 10)}
+    row = {"head_lr_mult": 1.0, "eval_every": lambda args: max(1, args.steps // 10)}
+    row |= PAPER[args.dataset]
     for field in fields(args):  # in order: an entry may look at those before it
         name, value = field.name, getattr(args, field.name)
         if value is None and name in row:
@@ -811,7 +814,7 @@ def find_device(args) -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
-# Flags that may change between the parts of one run: none changes its numbers but by rounding.
+# Flags that may change between the parts of one run: none changes its weights but by rounding.
 NEUTRAL = (
     "output_dir device compile deterministic num_workers data_root split download check_data "
     "log_every eval_every save_every log_pseudo_accuracy"
