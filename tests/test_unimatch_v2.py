@@ -423,13 +423,20 @@ def test_strong_views_are_the_authors():
     def chroma(sample):
         return sample[:, 6:].max(1) - sample[:, 6:].min(1)
 
+    def saturation(sample):
+        """Of the views with enough contrast and some color, in units of the picture's."""
+        sample = sample[(sample[:, 3] - sample[:, 0] > 25) & (chroma(sample) > 0)]
+        return chroma(sample) / (sample[:, 3] - sample[:, 0]) / (40 / 50)
+
     def hue(sample):
         """In turns, of the views with a clear color."""
         red, green, blue = sample[chroma(sample) > 20][:, 6:].T
         return np.arctan2(math.sqrt(3) * (green - blue), 2 * red - green - blue) / (2 * math.pi)
 
-    for value in (chroma, hue):
-        assert distance(value(ours), value(theirs)) < 1.95, value
+    for value in (saturation, hue):
+        assert distance(value(ours), value(theirs)) < 1.95
+    ends = [np.percentile(saturation(sample), (2, 98)) for sample in (ours, theirs)]
+    assert ends[0] == pytest.approx(ends[1], abs=0.02)
     original = np.array([60] * 3 + [110] * 3 + [120, 80, 80])
     for share in (lambda s: (chroma(s) == 0).mean(), lambda s: (s == original).all(1).mean()):
         assert share(ours) == pytest.approx(share(theirs), abs=0.04)
