@@ -179,7 +179,7 @@ def consistency_loss(
     difference = full_precision(logits_1).softmax(1) - full_precision(logits_2).softmax(1)
     if valid is None:
         return difference.square().mean()
-    valid = valid.view(len(valid), 1, *valid.shape[-2:])
+    valid = valid.reshape(len(valid), 1, *valid.shape[-2:])
     count = valid.sum().clamp(min=1) * difference.shape[1]
     return difference.where(valid, 0).square().sum() / count
 
