@@ -353,7 +353,7 @@ def main(args: Args) -> dict:
     correction = ConvCorrection(len(data.classes))
     networks = [ancillary, primary, correction] if conv else [ancillary, primary]
     ddps = [prepare(network, args, world_size, device) for network in networks]
-    ddp_a, ddp, *ddp_q = ddps
+    ddp_a, ddp, *ddp_g = ddps
     # The ancillary network by its parts: what `backbone.` begins is the encoder.
     optimizer = make_optimizer([*ancillary.children(), *networks[1:]], args, device)
     saved = dict(zip(("ancillary", "primary", "correction"), networks, strict=False))
@@ -398,7 +398,7 @@ def main(args: Args) -> dict:
                 with torch.no_grad(), autocast:
                     ancillary_l = ancillary(image_l, boxes_l)
                 with autocast:
-                    corrected_l = ddp_q[0](logits_l, ancillary_l)
+                    corrected_l = ddp_g[0](logits_l, ancillary_l)
                 logs["loss/correction"] = cross_entropy(corrected_l, label_l)
                 loss = loss + logs["loss/correction"]
             if stage == 3:
@@ -427,7 +427,7 @@ def main(args: Args) -> dict:
                     pseudo_label, logits_u.argmax(1).where(valid, IGNORE)
                 )
                 if args.correction == "linear":
-                    logs["pseudo/alpha"] = loss.new_tensor(alpha)
+                    logs["pseudo/alpha"] = torch.full_like(loss_weak, alpha)
                 if args.log_pseudo_accuracy:
                     logs["pseudo/accuracy"] = pixel_accuracy(pseudo_label, label_u)
                 pictures["unlabeled"] = ([image_u], [pseudo_label, logits_u])

@@ -139,7 +139,7 @@ def test_steps_neither_mix_devices_nor_wait(name, flags, fake_gpu, quick, monkey
     monkeypatch.setattr(script, "average", average)
     monkeypatch.setattr(script, "validate", lambda *_: {"val/miou": 0.5})
     for method in ("save", "log"):
-        monkeypatch.setattr(script.Run, method, lambda *_: None)
+        monkeypatch.setattr(script.Run, method, lambda *_, **__: None)
     if name != "supervised":
         flags = {"log_pseudo_accuracy": True} | flags
     if name == "ael":

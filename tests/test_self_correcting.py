@@ -28,7 +28,7 @@ from torchvision import tv_tensors
 import predict
 import self_correcting
 from common import UserError
-from common.datasets import CamVid, Shapes, open_data, open_dataset
+from common.datasets import CamVid, Samples, Shapes, open_data, open_dataset
 from common.transforms import LocatedView
 from self_correcting import (
     PAPER,
@@ -46,6 +46,7 @@ from self_correcting import (
     main,
     make_ancillary,
     make_optimizer,
+    poly_lr,
     resolve,
     soft_cross_entropy,
     stage_starts,
@@ -135,6 +136,17 @@ def test_boxes_follow_the_pixels_of_a_view():
             assert torch.equal(drawn[1], (seen == 1).float())
         assert abs(drawn[1].sum() - (seen == 1).sum()) <= 2 * 24
         assert torch.equal(drawn.sum(0), torch.ones(24, 24))  # padding is where no box lies
+
+
+def test_samples_carry_the_boxes_of_their_image_and_view():
+    data, ids, view = Shapes(None), Shapes.train_ids[:3], LocatedView(48, Shapes.scales)
+    with_boxes = self_correcting.BoxSamples(data, ids, view, "none")
+    for pair in [(0, 5), (1, 6), (2, 7), (1, 8), (0, 5)]:
+        image, mask, place = Samples(data, ids, view, "none")[pair]
+        found = with_boxes[pair]
+        expected = box_tensor(boxes_in_view(data.boxes(ids[pair[0]]), place), 48, 48, 8)
+        assert all(map(torch.equal, found[:2], (image, mask)))
+        assert found[2].dtype == torch.uint8 and torch.equal(found[2].float(), expected)
 
 
 # ---- where they come from ------------------------------------------------------------------------
@@ -465,6 +477,16 @@ def snapshots(args, monkeypatch) -> list[dict[str, dict[str, torch.Tensor]]]:
     main(replace(args, save_every=1))
     names = ("ancillary", "primary", "correction")
     return [dict(zip(names, first, strict=False)), *states.values()]
+
+
+def test_rates_fall_in_stage_1_and_once_more(quick):
+    folder = main(quick(Args, steps=6, correction="conv", log_every=1, lr=0.5))["run_dir"]
+    expected = [poly_lr(0.5, *at) for at in ((0, 2), (1, 2), (0, 4), (1, 4), (2, 4), (3, 4))]
+    rows = read_log(folder)
+    assert [row["lr"] for row in rows] == pytest.approx(expected)
+    logged = [{key for key in row if key.startswith("loss/")} for row in rows]
+    assert logged[:3] == [{"loss/anc"}, {"loss/anc"}, {"loss/sup", "loss/correction"}]
+    assert logged[3:] == [{"loss/sup", "loss/correction", "loss/weak"}] * 3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
