@@ -44,7 +44,7 @@ from common.datasets import (
     MicroBatches,
     Samples,
     StreamSampler,
-    boxes_from_mask,  # noqa: F401
+    boxes_from_mask,  # noqa: F401 (what `data.boxes` is made of where an annotator is missing)
     open_data,
     step_generator,
     stream_seed,
@@ -215,7 +215,7 @@ def make_ancillary(args, data) -> AncillaryNet:
 
 
 class ConvCorrection(nn.Module):
-    """Both networks' logits -> logits of the corrected label; no gradient to its inputs. (7)"""
+    """Both networks' logits -> logits of the corrected label; no gradient to its inputs."""
 
     def __init__(self, num_classes: int, hidden: int = 128):
         super().__init__()
@@ -233,13 +233,13 @@ class ConvCorrection(nn.Module):
 def linear_correction(
     primary_logits: torch.Tensor, ancillary_logits: torch.Tensor, alpha: float
 ) -> torch.Tensor:
-    """argmin_q KL(q | p) + alpha KL(q | p_anc): the weighted geometric mean of both. (3), (4)"""
+    """argmin_q KL(q | p) + alpha KL(q | p_anc): the weighted geometric mean of both."""
     primary_logits, ancillary_logits = map(full_precision, (primary_logits, ancillary_logits))
     return ((primary_logits + alpha * ancillary_logits) / (1 + alpha)).softmax(1)
 
 
 def alpha_schedule(step: int, total_steps: int, start: float = 30.0, end: float = 0.5) -> float:
-    """max(end, start exp(-6 step / total_steps)). (6)"""
+    """max(end, start exp(-6 step / total_steps))."""
     # DIFFERS (self_correcting.md 7): read from the authors' plot.
     return max(end, start * math.exp(-6 * step / total_steps))
 
@@ -247,7 +247,7 @@ def alpha_schedule(step: int, total_steps: int, start: float = 30.0, end: float 
 def soft_cross_entropy(
     logits: torch.Tensor, target_prob: torch.Tensor, valid: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """-sum_c q_c log p_c, mean over the valid pixels, 0 if there are none; gradient to logits. (2)
+    """-sum_c q_c log p_c, mean over the valid pixels, 0 if there are none; gradient to logits.
 
     valid: (B, H, W) or (B, 1, H, W) bool; None: every pixel
     """
@@ -255,7 +255,7 @@ def soft_cross_entropy(
     loss = F.cross_entropy(logits, target_prob.detach().to(logits), reduction="none")
     if valid is None:
         return loss.mean()
-    valid = valid.view_as(loss)
+    valid = valid.reshape(loss.shape)
     return loss.where(valid, 0).sum() / valid.sum().clamp(min=1)
 
 
@@ -353,7 +353,7 @@ def main(args: Args) -> dict:
     correction = ConvCorrection(len(data.classes))
     networks = [ancillary, primary, correction] if conv else [ancillary, primary]
     ddps = [prepare(network, args, world_size, device) for network in networks]
-    ddp_a, ddp, *ddp_q = ddps
+    ddp_a, ddp, *ddp_g = ddps
     # The ancillary network by its parts: what `backbone.` begins is the encoder.
     optimizer = make_optimizer([*ancillary.children(), *networks[1:]], args, device)
     saved = dict(zip(("ancillary", "primary", "correction"), networks, strict=False))
@@ -383,42 +383,36 @@ def main(args: Args) -> dict:
             image_l, label_l, boxes_l = next(batches_a if stage == 1 else batches_l)
 
             # === loss ===
-            if stage == 1:
-                with autocast:
-                    logits_l = ddp_a(image_l, boxes_l)
-                loss = supervised_loss(logits_l, label_l, args.supervised_loss)  # (1)
-                logs = {"loss/anc": loss}
-            else:
-                with autocast:
-                    logits_l = ddp(image_l)
-                loss = supervised_loss(logits_l, label_l, args.supervised_loss)
-                logs = {"loss/sup": loss}
+            with autocast:
+                logits_l = ddp_a(image_l, boxes_l) if stage == 1 else ddp(image_l)
+            loss = supervised_loss(logits_l, label_l, args.supervised_loss)
+            logs = {"loss/anc" if stage == 1 else "loss/sup": loss}
             pictures = {"labeled": ([image_l], [label_l, logits_l])}
-            if stage > 1 and conv:  # (8): the correction network learns where the truth is known
+            if stage > 1 and conv:  # it learns where the truth is known
                 with torch.no_grad(), autocast:
                     ancillary_l = ancillary(image_l, boxes_l)
                 with autocast:
-                    corrected_l = ddp_q[0](logits_l, ancillary_l)
+                    corrected_l = ddp_g[0](logits_l, ancillary_l)
                 logs["loss/correction"] = cross_entropy(corrected_l, label_l)
                 loss = loss + logs["loss/correction"]
             if stage == 3:
                 image_u, label_u, boxes_u = next(batches_u)
                 with autocast:  # DIFFERS (self_correcting.md 1): apart from the labeled ones
                     logits_u = ddp(image_u)
-                alpha = alpha_schedule(
-                    step - third, args.steps - third, args.alpha_start, args.alpha_end
-                )
                 with torch.no_grad(), autocast:
                     ancillary_u = ancillary(image_u, boxes_u)
                     if conv:
                         prob = correction(logits_u, ancillary_u).softmax(1)
                     elif args.correction == "linear":
+                        alphas = (args.alpha_start, args.alpha_end)
+                        alpha = alpha_schedule(step - third, args.steps - third, *alphas)
+                        logs["pseudo/alpha"] = torch.full((), alpha, device=device)
                         prob = linear_correction(logits_u, ancillary_u, alpha)
                     else:
                         prob = ancillary_u.softmax(1)
                 valid = label_u != IGNORE  # all but the padding
                 loss_weak = soft_cross_entropy(logits_u, prob, valid)
-                # DIFFERS (self_correcting.md 3): two means (2), of as many images each.
+                # DIFFERS (self_correcting.md 3): (5) as two means, of as many images each.
                 loss = loss + loss_weak
 
                 pseudo_label = prob.argmax(1)
@@ -426,8 +420,6 @@ def main(args: Args) -> dict:
                 logs["pseudo/agreement"] = pixel_accuracy(
                     pseudo_label, logits_u.argmax(1).where(valid, IGNORE)
                 )
-                if args.correction == "linear":
-                    logs["pseudo/alpha"] = loss.new_tensor(alpha)
                 if args.log_pseudo_accuracy:
                     logs["pseudo/accuracy"] = pixel_accuracy(pseudo_label, label_u)
                 pictures["unlabeled"] = ([image_u], [pseudo_label, logits_u])

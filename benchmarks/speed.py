@@ -320,6 +320,27 @@ def ael_floor(f: Floor):
     return step
 
 
+def self_correcting_floor(f: Floor):
+    """The last stage with the linear correction, which the script is held to as well."""
+    f.script.stage_starts = lambda *_: (0, 0)
+    net = f.network()
+    ancillary = f.on_device(f.script.AncillaryNet(f.classes, f.args.backbone)).eval()
+    optimizer = f.optimizer(net)
+    labeled, unlabeled, label = f.image(), f.image(), f.label()
+    boxes = torch.nn.functional.one_hot(f.label(), f.classes).movedim(3, 1).float().contiguous()
+
+    def step():
+        with f.autocast:
+            logits_l, logits_u = net(labeled), net(unlabeled)
+        with torch.no_grad(), f.autocast:
+            ancillary_u = ancillary(unlabeled, boxes)
+        loss = f.script.cross_entropy(logits_l, label)
+        prob = f.script.linear_correction(logits_u, ancillary_u, 1.0)
+        f.update(loss + f.script.soft_cross_entropy(logits_u, prob), optimizer)
+
+    return step
+
+
 FLOORS = {
     "supervised": supervised_floor,
     "cps": cps_floor,
@@ -333,6 +354,7 @@ FLOORS = {
     "gct": gct_floor,
     "cmb": cmb_floor,
     "dcc": dcc_floor,
+    "self_correcting": self_correcting_floor,
 }
 
 

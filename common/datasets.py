@@ -236,16 +236,18 @@ class SegmentationData:
         validation = sorted(self.val_ids)
         masks = (self.label_path(i).read_bytes() for i in (*split.labeled, *validation))
         used = sorted({*split.labeled, *split.unlabeled, *validation})
-        boxed = (*split.labeled, *split.unlabeled) if self.with_boxes else ()
-        boxes = digest(path.read_bytes() for i in boxed for path in self.box_files(i))
-        return {
+        found = {
             "classes": list(self.classes),
             "labeled images": digest(split.labeled),
             "unlabeled images": digest(split.unlabeled),
             "validation images": digest(validation),
             "masks": digest(masks),
             "sizes of the image files": digest(self.image_path(i).stat().st_size for i in used),
-        } | ({"boxes": boxes} if boxed else {})
+        }
+        if self.with_boxes:
+            boxed = (*split.labeled, *split.unlabeled)
+            found["boxes"] = digest(path.read_bytes() for i in boxed for path in self.box_files(i))
+        return found
 
 
 def as_sample(image: np.ndarray, label: np.ndarray):
@@ -662,11 +664,8 @@ class Folder(SegmentationData):
 
     def box_files(self, image_id: str) -> list[Path]:
         path = self.folder / "boxes" / f"{image_id}.xml"
-        return (
-            [path]
-            if path.is_file() or not self.has_label(image_id)
-            else super().box_files(image_id)
-        )
+        needed = path.is_file() or not self.has_label(image_id)
+        return [path] if needed else super().box_files(image_id)
 
 
 DATASETS = {data.name: data for data in (VOC, Cityscapes, CamVid, Shapes, Folder)}
@@ -699,8 +698,8 @@ def open_data(args, with_boxes: bool = False) -> tuple[SegmentationData, Split]:
     labeled = [*drawn.labeled, *data.val_ids]
     others = sorted(set(drawn.unlabeled) - set(labeled))
     data.check_files([*labeled, *others], labeled)
-    data.with_boxes = with_boxes
     if with_boxes:
+        data.with_boxes = True
         data.check_boxes([*drawn.labeled, *others])
     if args.check_data:
         data.check_samples(drawn.labeled, data.val_ids, others)

@@ -28,7 +28,7 @@ from torchvision import tv_tensors
 import predict
 import self_correcting
 from common import UserError
-from common.datasets import CamVid, Shapes, open_data, open_dataset
+from common.datasets import CamVid, Samples, Shapes, open_data, open_dataset
 from common.transforms import LocatedView
 from self_correcting import (
     PAPER,
@@ -45,7 +45,7 @@ from self_correcting import (
     linear_correction,
     main,
     make_ancillary,
-    make_optimizer,
+    poly_lr,
     resolve,
     soft_cross_entropy,
     stage_starts,
@@ -137,6 +137,17 @@ def test_boxes_follow_the_pixels_of_a_view():
         assert torch.equal(drawn.sum(0), torch.ones(24, 24))  # padding is where no box lies
 
 
+def test_samples_carry_the_boxes_of_their_image_and_view():
+    data, ids, view = Shapes(None), Shapes.train_ids[:3], LocatedView(48, Shapes.scales)
+    with_boxes = self_correcting.BoxSamples(data, ids, view, "none")
+    for pair in [(0, 5), (1, 6), (2, 7), (1, 8), (0, 5)]:
+        image, mask, place = Samples(data, ids, view, "none")[pair]
+        found = with_boxes[pair]
+        expected = box_tensor(boxes_in_view(data.boxes(ids[pair[0]]), place), 48, 48, 8)
+        assert all(map(torch.equal, found[:2], (image, mask)))
+        assert found[2].dtype == torch.uint8 and torch.equal(found[2].float(), expected)
+
+
 # ---- where they come from ------------------------------------------------------------------------
 
 ANNOTATION = """<annotation><object><name>dog</name>
@@ -217,6 +228,10 @@ def test_boxes_of_a_folder(tmp_path):
     assert data.background is None and rows(data.boxes("x")) == [[0, 1, 0, 4, 3], [1, *DOG[1:]]]
     mask = data.load("a")[1]
     assert rows(data.boxes("a")) == rows(boxes_from_mask(mask, 2, None))  # none lies there
+    (tmp_path / "boxes" / "y.xml").unlink()
+    args = Args(dataset="folder", data_root=str(tmp_path), device="cpu", batch_size=2)
+    with pytest.raises(UserError, match=r"1 files with boxes are missing: .*boxes/y\.xml"):
+        main(args)
     (tmp_path / "classes.txt").write_text("other\nbackground\n")
     assert open_dataset("folder", tmp_path).background == 1
 
@@ -252,23 +267,32 @@ def test_open_gates_make_the_plain_network_and_boxes_matter():
 
 def test_a_gate_takes_the_pixel_where_its_feature_lies():
     network = AncillaryNet(2, "resnet14").eval()
-    boxes = torch.zeros(1, 2, 48, 48)
-    boxes[0, 1, 16, 24] = 1  # of stride 4: row 4, column 6; of stride 8: row 2, column 3
+    boxes = (torch.rand(1, 2, 48, 48, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     seen = {}
     for name in ("box_low", "box_high"):
         gate = getattr(network, name)
         gate.register_forward_hook(lambda _, inputs, __, name=name: seen.update({name: inputs[0]}))
     network(torch.randn(1, 3, 48, 48), boxes)
-    assert seen["box_low"][0, 1].nonzero().tolist() == [[4, 6]]
-    assert seen["box_high"][0, 1].nonzero().tolist() == [[2, 3]]
+    assert torch.equal(seen["box_low"], boxes[..., ::4, ::4])
+    assert torch.equal(seen["box_high"], boxes[..., ::8, ::8])
 
 
-def test_the_ancillary_networks_encoder_has_the_encoders_rate(quick):
-    args = resolve(quick(Args, head_lr_mult=10.0))
-    ancillary = make_ancillary(args, Shapes(None))
-    optimizer = make_optimizer([*ancillary.children()], args, torch.device("cpu"))
+def test_the_ancillary_networks_encoder_has_the_encoders_rate(quick, monkeypatch):
+    made, make_optimizer = {}, self_correcting.make_optimizer
+
+    def ancillary_of(*args):
+        return made.setdefault("ancillary", make_ancillary(*args))
+
+    def optimizer_of(networks, *args):
+        made["optimizer"] = make_optimizer(networks, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(self_correcting, "make_ancillary", ancillary_of)
+    monkeypatch.setattr(self_correcting, "make_optimizer", optimizer_of)
+    with pytest.raises(KeyboardInterrupt):
+        main(quick(Args, head_lr_mult=10.0))
+    ancillary, optimizer = made["ancillary"], made["optimizer"]
     rates = {id(p): group["lr_mult"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(rates) == len(list(ancillary.parameters()))
     for name, parameter in ancillary.named_parameters():
         assert rates[id(parameter)] == (1 if "backbone." in name else 10), name
     assert ancillary.box_low.in_channels == 8
@@ -465,6 +489,36 @@ def snapshots(args, monkeypatch) -> list[dict[str, dict[str, torch.Tensor]]]:
     main(replace(args, save_every=1))
     names = ("ancillary", "primary", "correction")
     return [dict(zip(names, first, strict=False)), *states.values()]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_stage_reads_its_stream(variant, quick, monkeypatch):
+    asked, images, make_batches = [], {}, self_correcting.make_batches
+
+    def batches(args, data, ids, stream, *rest):
+        images[stream] = list(ids)
+        for batch in make_batches(args, data, ids, stream, *rest):
+            asked.append(stream)
+            yield batch
+
+    monkeypatch.setattr(self_correcting, "make_batches", batches)
+    main(quick(Args, steps=6, correction=variant))
+    pair = ["labeled", "unlabeled"]
+    stage_1 = ["ancillary"] * 2
+    assert asked == stage_1 + (["labeled"] + pair * 3 if variant == "conv" else pair * 4)
+    half = ancillary_half(images["labeled"], 0)
+    assert images["ancillary"] == (half if variant == "conv" else images["labeled"])
+    assert len(images["labeled"]) == 8 and not {*images["labeled"]} & {*images["unlabeled"]}
+
+
+def test_rates_fall_in_stage_1_and_once_more(quick):
+    folder = main(quick(Args, steps=6, correction="conv", log_every=1, lr=0.5))["run_dir"]
+    expected = [poly_lr(0.5, *at) for at in ((0, 2), (1, 2), (0, 4), (1, 4), (2, 4), (3, 4))]
+    rows = read_log(folder)
+    assert [row["lr"] for row in rows] == pytest.approx(expected)
+    logged = [{key for key in row if key.startswith("loss/")} for row in rows]
+    assert logged[:3] == [{"loss/anc"}, {"loss/anc"}, {"loss/sup", "loss/correction"}]
+    assert logged[3:] == [{"loss/sup", "loss/correction", "loss/weak"}] * 3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
