@@ -32,8 +32,17 @@ SCRIPTS = [
     ).split()
     if (ROOT / f"{name}.py").exists()
 ]
-# Box-assisted: no row among those that see images alone, and a third of the steps for the boxes.
-ASSISTED = {"self_correcting": 1.5}
+# Rows that stand apart: script, steps as a multiple of the others', flags, why.
+APART = {
+    "self_training": ("self_training", 2, [], "two trainings: steps x 2"),
+    "self_correcting": ("self_correcting", 1.5, [], "box-assisted, steps x 1.5"),
+    "labels only, ViT": ("unimatch_v2", 1, ["--lambda-u", "0"], "another network"),
+    "fixmatch, ViT": (
+        "unimatch_v2", 1, ["--views", "1", "--feature-dropout", "none"], "another network",
+    ),
+    "unimatch_v2": ("unimatch_v2", 1, [], "another network"),
+}  # fmt: skip
+BASE = {"fixmatch, ViT": "labels only, ViT", "unimatch_v2": "labels only, ViT"}
 # data set: (labeled split, name of the split in the table, steps)
 SPLITS = {
     "shapes": ("20", "20 of 1,024 labels", 1_000),
@@ -74,15 +83,18 @@ def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
             rows.append((row, "gct", split, [*flags, "--exp-name", f"gct-{flags[-1]}"]))
     else:
         rows = [("labels only", "supervised", split, [])]
-        rows += [(name, name, split, []) for name in SCRIPTS]
+        rows += [(name, name, split, []) for name in SCRIPTS if name not in APART]
         rows.append(("all labels", "supervised", "full", []))
+        for row, (script, _, more, _) in APART.items():
+            named = ["--exp-name", row.split(",")[0].replace(" ", "-") + "-vit"] if more else []
+            rows.append((row, script, split, [*more, *named]))
     data = dataset if dataset in ("shapes", "camvid") else "shapes"
     found = []
     for row, script, which, more in rows:
         for number in range(seeds if not only or row in only else 0):
             seed = FIRST_SEED.get(dataset, 0) + number
             flags = ["--dataset", data, "--split", which, "--seed", str(seed)]
-            flags += ["--steps", str(round(ASSISTED.get(script, 1) * steps))]
+            flags += ["--steps", str(round((APART[row][1] if row in APART else 1) * steps))]
             flags += ["--split-seed", str(seed)] if which != "full" else []
             found.append({"row": row, "script": script, "seed": seed, "flags": flags + more})
     return found
@@ -142,8 +154,8 @@ def read(dataset: str) -> list[dict]:
 
 def place(row: dict) -> tuple[int, int]:
     """Of a result in the table."""
-    unassisted = [name for name in SCRIPTS if name not in ASSISTED]
-    order = ["labels only", *unassisted, "all labels", *ASSISTED, *ABLATION, *WEIGHTS]
+    others = [name for name in SCRIPTS if name not in APART]
+    order = ["labels only", *others, "all labels", *APART, *ABLATION, *WEIGHTS]
     return order.index(row["row"]), row["seed"]
 
 
@@ -168,17 +180,18 @@ def table(dataset: str) -> str:
         "|---|---|---|---|---|",
     ]
     for name in names:
-        gains = [value - last[first][seed] for seed, value in last[name].items()]
+        base = last[BASE.get(name, first)]
+        gains = [value - base[seed] for seed, value in last[name].items() if seed in base]
         of_rare = [
             100 * statistics.mean(row["iou"][c] for c in rare) for row in rows if row["row"] == name
         ]
         cells = [
             mean(last[name].values(), statistics.stdev),
-            mean(gains, standard_error, "+") if name != first else "",
+            mean(gains, standard_error, "+") if base is not last[name] else "",
             mean(of_rare, statistics.stdev),
             ", ".join(f"{value:.1f}" for value in last[name].values()),
         ]
-        apart = f" (box-assisted, steps x {ASSISTED[name]})" if name in ASSISTED else ""
+        apart = f" ({APART[name][3]})" if name in APART else ""
         lines.append(f"| {name}{apart} | {' | '.join(cells)} |")
     origin, seeds, up = rows[0], len(last[first]), "../" if dataset in PAGES else ""
     commits = ", ".join(dict.fromkeys(row["commit"][:8] for row in rows))
