@@ -140,7 +140,7 @@ def collect(row: str, folder: Path) -> dict:
         "curve": [[entry["step"], entry["val/miou"]] for entry in scores],
         "command": shlex.join(["python", Path(words[0]).name, *words[1:]]),
         "split": args["split_identity"], "device": environment["gpu"] or "cpu",
-        "threads": environment["threads"], "torch": environment["torch"],
+        "threads": environment.get("threads"), "torch": environment["torch"],
         "commit": environment["commit"], "dirty": environment["commit"].endswith("-dirty"),
     }  # fmt: skip
 

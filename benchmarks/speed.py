@@ -320,6 +320,87 @@ def ael_floor(f: Floor):
     return step
 
 
+def pseudoseg_floor(f: Floor):
+    """Without the strong view, and without gathering the classes of a label."""
+    net, script = f.network(), f.script
+    channels = net.backbone.inplanes
+    classifier = f.on_device(torch.nn.Linear(channels, f.classes - 1))
+    attention = script.SelfAttention(channels + channels // 2, f.classes, f.args.attention_dim)
+    maps, attention = f.on_device(script.InnerMaps(net)), f.on_device(attention)
+    optimizer = f.optimizer(net, classifier, attention)
+    labeled, unlabeled, strong, label = f.image(), f.image(), f.image(), f.label()
+    present = torch.randint(2, (len(label), f.classes - 1), device=f.device).float()
+    inside = torch.ones_like(label)[:, None].float()
+
+    def second_map(high, hypercolumn):
+        cam = script.grad_cam(high, classifier.weight, present)
+        return attention(hypercolumn, cam, script.shrink(inside, cam))
+
+    def step():
+        with torch.no_grad(), f.autocast:
+            net.eval()
+            inner = maps(unlabeled, decode=False)
+            net.train()
+            *_, logits_w = maps(unlabeled)
+        with f.autocast:
+            high, hypercolumn, logits_l = maps(labeled)
+            *_, logits_s = maps(strong)
+        with torch.no_grad():
+            other = script.upsample(second_map(*inner), logits_w.shape[2:])
+            target = script.make_target(logits_w, other, f.args)
+        class_logits = classifier(high.mean((2, 3)))
+        full = [
+            script.upsample(z, label.shape[1:]) for z in (logits_l, second_map(high, hypercolumn))
+        ]
+        loss = script.cross_entropy(full[0], label) + script.cross_entropy(full[1], label)
+        loss = loss + script.classification_loss(class_logits, present)
+        valid = script.shrink(inside, logits_s)
+        f.update(loss + script.consistency_loss(logits_s, target, valid), optimizer)
+
+    return step
+
+
+def self_training_floor(f: Floor):
+    """A training on pseudo-labels, with its batch of twice the size; labeling is not in it."""
+    net = f.network()
+    image, label = torch.cat([f.image(), f.image()]), torch.cat([f.label(), f.label()])
+    optimizer = f.optimizer(net)
+
+    def step():
+        with f.autocast:
+            logits = net(image)
+        f.update(f.script.cross_entropy(logits, label), optimizer)
+
+    return step
+
+
+def unimatch_v2_floor(f: Floor):
+    """Without the strong views and the boxes: their images and channel masks are in memory."""
+    student = f.network()
+    teacher = f.script.make_teacher(student, f.args)
+    optimizer = f.optimizer(student)
+    weak, label = f.image(), f.label()
+    images, n = torch.cat([f.image() for _ in range(3)]), len(label)
+    generator = torch.Generator().manual_seed(0)
+    masks = f.script.complementary_dropout(n, student.backbone.dim, generator)
+    masks = torch.cat([torch.ones(n, student.backbone.dim), *masks]).to(f.device)
+    valid = torch.ones_like(label, dtype=torch.bool)
+
+    def step():
+        with torch.no_grad(), f.autocast:
+            confidence, pseudo_label = teacher(weak).softmax(1).max(1)
+        with f.autocast:
+            logits_l, *logits_u = student(images, masks).split(n)
+        loss = f.script.cross_entropy(logits_l, label)
+        for logits in logits_u:
+            terms = (logits, pseudo_label, confidence, valid)
+            loss = loss + f.script.unsupervised_loss(*terms) / 2
+        f.update(loss / 2, optimizer)
+        f.script.update_teacher(teacher, student, 0.99)
+
+    return step
+
+
 def self_correcting_floor(f: Floor):
     """The last stage with the linear correction, which the script is held to as well."""
     f.script.stage_starts = lambda *_: (0, 0)
@@ -354,7 +435,10 @@ FLOORS = {
     "gct": gct_floor,
     "cmb": cmb_floor,
     "dcc": dcc_floor,
+    "pseudoseg": pseudoseg_floor,
+    "self_training": self_training_floor,
     "self_correcting": self_correcting_floor,
+    "unimatch_v2": unimatch_v2_floor,
 }
 
 
@@ -367,9 +451,11 @@ def measure(name: str, flags, blocks: int) -> dict:
     """Medians of a script's step and of its floor, in seconds, measured by turns."""
     script = importlib.import_module(name)
     device = torch.device(flags.device)
+    of_vit = {"resnet14": "vit_tiny", "resnet50": "dinov2_small"}
+    backbone = of_vit[flags.backbone] if name == "unimatch_v2" else flags.backbone
     with tempfile.TemporaryDirectory() as folder:
         args = script.Args(
-            dataset=flags.dataset, data_root=flags.data_root, backbone=flags.backbone,
+            dataset=flags.dataset, data_root=flags.data_root, backbone=backbone,
             weights="none", device=flags.device, amp=flags.amp, compile=flags.compile,
             crop_size=flags.crop_size, batch_size=flags.batch_size, split=flags.split,
             steps=blocks * BLOCK + 1, log_every=BLOCK, eval_every=10**9, save_every=10**9,
