@@ -263,6 +263,12 @@ def test_open_gates_make_the_plain_network_and_boxes_matter():
             assert not torch.allclose(network(image, boxes), closed, atol=1e-3)
             closed = network(image, boxes)
         torch.testing.assert_close(network(image, boxes), network.network(image))
+        for gate in (low, high):
+            gate.bias.zero_()
+        half, head = network(image, boxes), network.network.head
+        head.aspp.register_forward_hook(lambda _, __, output: output / 2)
+        head.reduce.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 2,))
+        torch.testing.assert_close(half, network.network(image))
 
 
 def test_a_gate_takes_the_pixel_where_its_feature_lies():
@@ -519,6 +525,9 @@ def test_rates_fall_in_stage_1_and_once_more(quick):
     logged = [{key for key in row if key.startswith("loss/")} for row in rows]
     assert logged[:3] == [{"loss/anc"}, {"loss/anc"}, {"loss/sup", "loss/correction"}]
     assert logged[3:] == [{"loss/sup", "loss/correction", "loss/weak"}] * 3
+    folder = main(quick(Args, steps=6, correction="conv", log_every=4, exp_name="b"))["run_dir"]
+    first = read_log(folder)[0]  # of stage 3 alone
+    assert first["step"] == 4 and first["loss/weak"] > 0 and "loss/anc" not in first
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
