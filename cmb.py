@@ -1114,8 +1114,8 @@ def find_device(args) -> tuple[int, int, torch.device]:
     """(rank, world_size, device) from torchrun's variables; one process when there are none."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
     found = [name for name in [*names, "MASTER_ADDR"] if name in os.environ]
-    if "WORLD_SIZE" in found and len(found) < 5:  # left over, or set by a scheduler
-        raise UserError(f"{', '.join(found)} set, but not by torchrun: use it, or unset WORLD_SIZE")
+    if 0 < len(found) < 5 and found != ["MASTER_ADDR"]:  # left over, or set by a scheduler
+        raise UserError(f"{', '.join(found)} set, but not by torchrun: use it, or unset them")
     default = [0, 1, 0, 1]
     rank, world_size, local_rank, here = map(int, map(os.environ.get, names, default))
     count = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": world_size}
@@ -1156,7 +1156,11 @@ class Run:
         self.meta = {"args": self.args, "classes": data.classes, "palette": data.palette}
         self.meta |= {"mean": MEAN, "std": STD}
         if self.last.exists() or (self.folder / "best.pt").exists():
-            before = json.loads((self.folder / "args.json").read_text())
+            try:
+                before = json.loads((self.folder / "args.json").read_text())
+            except (OSError, ValueError) as error:
+                mend = f"delete {self.folder} to start anew"
+                raise UserError(f"{self.folder}/args.json: damaged ({error}); {mend}") from None
             now = json.loads(json.dumps(self.args))  # tuples as lists
             changed = [k for k in now if k not in NEUTRAL and before.get(k) != now[k]]
             if changed:
@@ -1193,8 +1197,9 @@ class Run:
         failed, commit = subprocess.getstatusoutput(shlex.join(git))
         env = {"command": sys.argv, "torch": torch.__version__, "threads": torch.get_num_threads()}
         env |= {"gpu": gpu, "commit": None if failed else commit}
-        (self.folder / "env.json").write_text(json.dumps(env, indent=1))
-        (self.folder / "args.json").write_text(json.dumps(self.args, indent=1))
+        for name, content in (("env.json", env), ("args.json", self.args)):
+            (self.folder / f"{name}.part").write_text(json.dumps(content, indent=1))
+            os.replace(self.folder / f"{name}.part", self.folder / name)
         how = f"from step {step}; stop it at any time, the same command continues"
         what = (self.folder, self.args["split_identity"], json.dumps(self.args), how)
         print(*what, sep="\n", flush=True)
@@ -1256,7 +1261,8 @@ def command_line() -> None:
             raise
         sys.unraisablehook = lambda _: None  # of loaders that never began
         # Before the processes meet, all find the same mistake; afterwards it is this one's own.
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
+        alone = "LOCAL_WORLD_SIZE" not in os.environ  # whatever RANK another program left
+        if alone or os.environ.get("RANK", "0") == "0" or dist.is_initialized():
             print(f"error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 

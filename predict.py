@@ -52,6 +52,10 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
 
 
+def shapes(state: dict) -> dict:
+    return {key: getattr(value, "shape", None) for key, value in state.items()}
+
+
 def load(path: Path, device: torch.device, name: str | None = None):
     """(network in eval mode, metadata) of a checkpoint; `name` picks one of several networks."""
     try:
@@ -60,16 +64,21 @@ def load(path: Path, device: torch.device, name: str | None = None):
         backbone = meta["args"]["backbone"]
         network_class = DPT if backbone in BACKBONES else DeepLabV3Plus
         network = network_class(len(meta["classes"]), backbone)
+        needed = meta["palette"], meta["args"]["crop_size"], meta["args"]["dataset"]
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a file that is something else
         raise UserError(
             f"{path}: not a checkpoint of these scripts ({type(error).__name__}: {error})"
         ) from None
-    own, states = network.state_dict(), {k: v for k, v in checkpoint.items() if isinstance(v, dict)}
-    names = [key for key, state in states.items() if state.keys() == own.keys()]
+    if needed[-1] not in DATASETS:
+        raise UserError(f"{path}: its data set, {needed[-1]}, is none of {', '.join(DATASETS)}")
+    own = shapes(network.state_dict())
+    states = {k: shapes(v) for k, v in checkpoint.items() if isinstance(v, dict)}
+    names = [key for key, state in states.items() if state == own]
     if name in states and name not in names:
-        differing = sorted(own.keys() ^ states[name].keys())
+        state = states[name]
+        differing = sorted(k for k in own.keys() | state.keys() if own.get(k) != state.get(k))
         raise UserError(
             f"{path}: its {name} is another network than DeepLabV3Plus ({first(differing)}), as of "
             "a fork; import the fork's network in predict.py in the place of supervised's"
@@ -86,13 +95,16 @@ def files_of(paths: tuple[Path, ...], out: Path) -> tuple[dict[Path, Path], list
     """({image: its place below `out`, without ending}, other files found in the folders)."""
     files: dict[Path, Path] = {}
     others: list[Path] = []
+    results = Path(os.path.realpath(out))
     for path in paths:
         if path.is_dir():
             if out.exists() and out.samefile(path):
                 raise UserError(f"--out {out}: holds the images themselves; name another folder")
             images, left_out = images_under(path, twins=True)
             inside = {file: Path(name) for name, file in images.items()}
-            files |= {f: name for f, name in inside.items() if out not in f.parents}
+            if results not in (real := Path(os.path.realpath(path)), *real.parents):
+                inside = {f: name for f, name in inside.items() if not is_result(f, results)}
+            files |= inside
             others += left_out
             if not inside:
                 raise UserError(f"{path}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
@@ -104,6 +116,10 @@ def files_of(paths: tuple[Path, ...], out: Path) -> tuple[dict[Path, Path], list
         else:
             raise UserError(f"{path}: no such image or folder")
     return files, others
+
+
+def is_result(file: Path, results: Path) -> bool:
+    return results in Path(os.path.realpath(file)).parents
 
 
 def results_of(place: Path) -> list[Path]:
@@ -206,6 +222,9 @@ def evaluate(args, network, meta, protocol, device) -> float:
     if list(data.classes) != list(meta["classes"]):
         raise UserError(f"{args.checkpoint}: trained on other classes than {run['dataset']} has")
     data.check_files(data.val_ids, data.val_ids)
+    data.check_labels((), data.val_ids)
+    for note in data.notes:
+        print(f"note: {note}", file=sys.stderr)
     scores = validate(network, data, protocol, device, 2, *meta["statistics"])
     for name, iou in scores.items():
         if name.startswith("val/iou/"):
@@ -242,6 +261,7 @@ def export(path: Path, network: nn.Module, meta) -> None:
 
     sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     made = torch.export.export(program, (pixels(2, 3, 96, 128),), dynamic_shapes=({**sizes},))
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.part.pt2")
     torch.export.save(made, part)
     again = torch.export.load(part).module()
@@ -261,6 +281,8 @@ def main(args: Args) -> float | None:
         raise UserError("name the images to predict, or --evaluate, or --export")
     if not args.scales or not all(0 < scale < math.inf for scale in args.scales):
         raise UserError(f"--scales {args.scales}: must be above 0")
+    if args.export and (args.export.suffix != ".pt2" or args.export.is_dir()):
+        raise UserError(f"--export {args.export}: name a file that ends with .pt2")
     if args.window is not None and args.window < 32:
         raise UserError(f"--window {args.window}: must be 32 pixels or more")
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

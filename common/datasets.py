@@ -7,8 +7,10 @@ ignored, as tv_tensors. Adding a data set: write one subclass of `SegmentationDa
 
 import hashlib
 import os
+import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +37,7 @@ from common.files import (
     read_mask,
     read_text,
     remarks,
+    turned_alike,
     visible,
 )
 from common.splits import Split, extract, fetch, locked, make_split
@@ -107,7 +110,7 @@ class SegmentationData:
             return as_sample(image, np.full(image.shape[:2], IGNORE, np.uint8))
         label, path = self.load_label(image_id), self.label_path(image_id)
         if label.shape != image.shape[:2]:
-            check_mask(path, self.image_path(image_id))  # says why
+            check_mask(path, self.image_path(image_id), self.colors)  # says why
             raise UserError(f"{path}: has another size than {self.image_path(image_id)}")
         return as_sample(image, label)
 
@@ -176,8 +179,7 @@ class SegmentationData:
         palettes: dict[tuple[int, ...], Path] = {}
         for image_id in (*labeled_ids, *val_ids):
             path = self.label_path(image_id)
-            palette = check_mask(path, self.image_path(image_id))
-            if palette and not self.colors:
+            if palette := check_mask(path, self.image_path(image_id), self.colors):
                 for other, where in palettes.items():  # a file may leave out colors at the end
                     if any(a != b for a, b in zip(palette, other, strict=False)):
                         raise UserError(
@@ -186,7 +188,7 @@ class SegmentationData:
                         )
                 palettes.setdefault(palette, path)
         for what, ids in (("labeled", labeled_ids), ("validation", val_ids)):
-            if not any((self.load_label(i) != IGNORE).any() for i in ids):
+            if ids and not any((self.load_label(i) != IGNORE).any() for i in ids):
                 raise UserError(
                     f"{self.name}: every pixel of all {len(ids)} {what} masks is ignored "
                     f"({self.label_path(ids[0])}, ...); mark classes in them"
@@ -238,6 +240,7 @@ class SegmentationData:
         used = sorted({*split.labeled, *split.unlabeled, *validation})
         found = {
             "classes": list(self.classes),
+            "colors": sorted([list(color), i] for color, i in (self.colors or {}).items()),
             "labeled images": digest(split.labeled),
             "unlabeled images": digest(split.unlabeled),
             "validation images": digest(validation),
@@ -420,7 +423,8 @@ class Cityscapes(SegmentationData):
         self.folder = found[0]
         self.part = {}
         for part in ("train", "val"):
-            files = visible((self.folder / "leftImg8bit" / part).glob("*/*_leftImg8bit.png"))
+            cities = visible((self.folder / "leftImg8bit" / part).glob("*"))
+            files = visible(file for city in cities for file in city.glob("*_leftImg8bit.png"))
             ids = tuple(file.name.removesuffix("_leftImg8bit.png") for file in files)
             self.part.update(dict.fromkeys(ids, part))
             setattr(self, f"{part}_ids", ids)
@@ -496,7 +500,7 @@ class CamVid(SegmentationData):
         self.part, self.suffix = {}, {}
         for part in ("train", "val", "test"):
             files = visible((self.folder / part).glob("*"))
-            suffix = {p.stem: p.suffix for p in files if p.suffix in (".jpg", ".png")}
+            suffix = {p.stem: p.suffix for p in files if p.suffix.lower() in (".jpg", ".png")}
             self.suffix |= suffix
             self.part |= dict.fromkeys(suffix, part)
             setattr(self, f"{part}_ids", tuple(sorted(suffix)))
@@ -581,6 +585,11 @@ class Shapes(SegmentationData):
         return as_sample(np.ascontiguousarray(np.moveaxis(np.asarray(image), 0, 2)), label)
 
 
+# Of masks beside their images: x_mask, x.GT, x-labelIds, mask_x, ...
+_WORDS = r"(?:colou?r_?)?(?:masks?|labels?|labelIds|seg|segmentation|gt|groundtruth|annotation)"
+MASK_NAME = re.compile(rf"(.+?)[_.-]{_WORDS}|{_WORDS}[_.-](.+)", re.IGNORECASE)
+
+
 class Folder(SegmentationData):
     """The user's own data: images/, masks/, classes.txt, labeled.txt, val.txt[, unlabeled.txt]."""
 
@@ -592,12 +601,13 @@ class Folder(SegmentationData):
         self.folder = root
         self.files, others = images_under(root / "images")
         for image_id in self.files:
-            for ending in ("_mask", "-mask", "_label", "_labels", "_seg"):
-                if image_id.endswith(ending) and image_id.removesuffix(ending) in self.files:
-                    raise UserError(
-                        f"{self.files[image_id]} seems to be the mask of an image beside it; put "
-                        f"masks into {root / 'masks'} under their images' names"
-                    )
+            folders, slash, name = image_id.rpartition("/")
+            match = MASK_NAME.fullmatch(name)
+            if match and f"{folders}{slash}{match[1] or match[2]}" in self.files:
+                raise UserError(
+                    f"{self.files[image_id]} seems to be the mask of an image beside it; put "
+                    f"masks into {root / 'masks'} under their images' names"
+                )
         if others:
             self.notes = (
                 f"{len(others)} files in {root / 'images'} are left out: {first(others)}; to use "
@@ -639,15 +649,28 @@ class Folder(SegmentationData):
 
     def check_labels(self, labeled_ids, val_ids) -> None:
         super().check_labels(labeled_ids, val_ids)
+        ids = (*labeled_ids, *val_ids)
+        if turned := [i for i in ids if turned_alike(self.label_path(i), self.image_path(i))]:
+            raise UserError(
+                f"{len(turned)} photos in {self.folder / 'images'} are turned or mirrored by EXIF, "
+                f"and the size of their masks does not tell whether these are, too: {first(turned)}"
+                "; store the photos as their masks were drawn, without EXIF: turned "
+                "(mogrify -auto-orient) or as they are (mogrify -strip)"
+            )
         # 255 where a class is meant: the commonest mistake, and the class is never learned.
-        seen: set[int] = set()
-        for image_id in (*labeled_ids, *sorted(set(self.train_ids) - set(labeled_ids))):
-            if self.has_label(image_id):
-                seen |= set(np.flatnonzero(np.bincount(self.load_label(image_id).ravel())).tolist())
-            if len(seen - {IGNORE}) == len(self.classes):
-                return
-        absent = [f"{i} ({name})" for i, name in enumerate(self.classes) if i not in seen]
-        if IGNORE in seen:
+        absent, ignored = self._absent(val_ids)
+        if absent and ignored:
+            self.notes += (
+                f"no validation mask holds class {first(absent)}, while they hold {IGNORE}, which "
+                f"is ignored and not scored; if {IGNORE} stands for a class, store its id",
+            )
+        if not labeled_ids:
+            return
+        others = sorted(set(self.train_ids) - set(labeled_ids))
+        absent, ignored = self._absent((*labeled_ids, *others))
+        if not absent:
+            return
+        if ignored:
             raise UserError(
                 f"{self.folder / 'masks'}: no labeled mask holds class {first(absent)}, while they "
                 f"hold {IGNORE}, which is ignored. If {IGNORE} stands for a class (as in masks of "
@@ -655,6 +678,17 @@ class Folder(SegmentationData):
                 "out of classes.txt"
             )
         self.notes += (f"no labeled mask holds class {first(absent)}: it cannot be learned",)
+
+    def _absent(self, image_ids) -> tuple[list[str], bool]:
+        """Classes that no mask of these holds, and whether one holds 255; reads as few as needed"""
+        seen: set[int] = set()
+        for image_id in image_ids:
+            if self.has_label(image_id):
+                seen |= set(np.flatnonzero(np.bincount(self.load_label(image_id).ravel())).tolist())
+            if len(seen - {IGNORE}) == len(self.classes):
+                break
+        absent = [f"{i} ({name})" for i, name in enumerate(self.classes) if i not in seen]
+        return absent, IGNORE in seen
 
     def image_path(self, image_id: str) -> Path:
         return self.files[image_id]
@@ -677,8 +711,14 @@ def open_dataset(name: str, root: Path, download: bool = False) -> SegmentationD
         raise UserError(f"--dataset {name}: use one of {', '.join(DATASETS)}")
     data = DATASETS[name](Path(root), download)
     for part in ("train", "val"):
-        if not getattr(data, f"{part}_ids"):
+        ids = getattr(data, f"{part}_ids")
+        if not ids:
             raise UserError(f"{name}: no {part} images found under {root}; complete the data")
+        if twice := [image_id for image_id, count in Counter(ids).items() if count > 1]:
+            raise UserError(
+                f"{name}: {part} images under {root} occur twice: {first(twice)}; remove the "
+                "repeated entry of its list, or the second file"
+            )
     return data
 
 

@@ -21,6 +21,7 @@ from common import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 ORIENTATION = 0x0112  # EXIF tag
+Colors = dict[tuple[int, int, int], int]  # of masks, and their class ids
 Image.MAX_IMAGE_PIXELS = None  # a user's own aerial picture is no attack
 
 
@@ -123,12 +124,20 @@ def _turn(file: Image.Image) -> None:
 
 
 def orientation(file: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; from 5 on width and height change places."""
-    if file.format == "PNG" and "exif" not in file.info:
+    """EXIF's (or XMP's) orientation, 1 to 8; from 5 on width and height change places."""
+    if file.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & file.info.keys():
         return 1  # or Pillow would decode the whole file to look for it at the end
     with suppress(Exception):  # likewise
-        return int(file.getexif().get(ORIENTATION, 1))
+        turn = int(file.getexif().get(ORIENTATION, 1))
+        return turn if 1 <= turn <= 8 else 1
     return 1
+
+
+def _turned_size(file: Image.Image) -> tuple[int, int]:
+    size = file.size
+    if file.format == "TIFF":  # some versions of Pillow give the turned size, some the stored
+        size = (file.tag_v2[256], file.tag_v2[257])
+    return size if orientation(file) < 5 else size[::-1]
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -172,23 +181,27 @@ def remarks(path: Path) -> list[str]:
     return found
 
 
-def check_mask(path: Path, image: Path) -> tuple[int, ...] | None:
+def check_mask(path: Path, image: Path, colors: Colors | None = None) -> tuple[int, ...] | None:
     """Refuse, by its header alone, a mask that cannot be this image's or is ambiguous.
 
-    Returns its palette, to be compared with others'; None where its values need none.
+    Returns its palette, to be compared with others'; None where its values need none, or where
+    `colors` say what they mean.
     """
     with opened(image) as file:
-        turn = orientation(file)
-        size = file.size if turn < 5 else file.size[::-1]
+        turn, size = orientation(file), _turned_size(file)
     with opened(path) as file:
-        mask_size = file.size if orientation(file) < 5 else file.size[::-1]
+        mask_size = _turned_size(file)
         if mask_size != size:
             raise _size_error(path, mask_size, image, size, turn)
-        if file.format in ("JPEG", "MPO") or file.info.get("compression") == "jpeg":
+        if _lossy(file, path):
             raise UserError(f"{path}: lossy compression changes class ids; save masks as PNG")
+        if (pages := getattr(file, "n_frames", 1)) > 1:
+            raise UserError(f"{path}: a mask of {pages} pages or frames; save one mask a file")
         if file.mode == "L" and any(f"L;{bits}" in str(file.tile) for bits in (2, 4)):
             raise UserError(f"{path}: gray of less than 8 bits; save class ids as 8-bit gray")
-        if file.mode != "P":
+        if ";16" in str(file.tile) and file.mode[:1] != "I":  # Pillow keeps the high 8 of them
+            raise UserError(f"{path}: 16 bits a channel; save class ids as 8-bit gray")
+        if file.mode != "P" or colors:
             return None
         palette = tuple(file.getpalette("RGB"))
     if all(a == b == c for a, b, c in zip(*[iter(palette)] * 3, strict=True)):
@@ -199,6 +212,24 @@ def check_mask(path: Path, image: Path) -> tuple[int, ...] | None:
             )
         return None
     return palette
+
+
+def _lossy(file: Image.Image, path: Path) -> bool:
+    if file.format == "WEBP":  # either; only a lossless one begins so
+        with path.open("rb") as stored:
+            return stored.read(16)[12:] != b"VP8L"
+    lossy = ("JPEG", "MPO", "JPEG2000", "AVIF")
+    return file.format in lossy or file.info.get("compression") == "jpeg"
+
+
+def turned_alike(path: Path, image: Path) -> bool:
+    """Whether EXIF turns or mirrors an image but not its mask, and no size tells which is meant."""
+    with opened(image) as file:
+        turn, (width, height) = orientation(file), file.size
+    if turn == 1 or (turn > 4 and width != height):
+        return False
+    with opened(path) as file:
+        return orientation(file) != turn
 
 
 def _size_error(path, size, image, image_size, turn) -> UserError:
@@ -212,14 +243,15 @@ def _size_error(path, size, image, image_size, turn) -> UserError:
     return UserError(f"{text}; they must agree")
 
 
-def read_mask(path: Path, colors: dict[tuple[int, int, int], int] | None = None) -> np.ndarray:
+def read_mask(path: Path, colors: Colors | None = None) -> np.ndarray:
     """A mask as uint8 (H, W) ids: gray values or palette indices, else colors by this table.
 
-    Gray stored as RGB is read as gray, and a 1-bit mask as 0 and 1.
+    A table of grays alone (`thing 255 255 255`) tells what gray values mean. Gray stored as RGB is
+    read as gray, and a 1-bit mask as 0 and 1.
     """
     with opened(path) as file:
         _turn(file)
-        if file.mode == "P" and colors:
+        if colors and (file.mode == "P" or (file.mode in ("L", "1") and _grays(colors))):
             return _ids_of_colors(np.asarray(file.convert("RGB")), colors, path)
         if file.mode in ("L", "P", "1"):
             return np.array(file, dtype=np.uint8)
@@ -244,7 +276,13 @@ def read_mask(path: Path, colors: dict[tuple[int, int, int], int] | None = None)
         )
 
 
-def _ids_of_colors(rgb: np.ndarray, colors, path: Path) -> np.ndarray:
+def _grays(colors: Colors) -> bool:
+    """Whether all colors are grays, which differ from the class ids."""
+    grays = {color[0]: i for color, i in colors.items() if len(set(color)) == 1}
+    return len(grays) == len(colors) and any(gray != i for gray, i in grays.items())
+
+
+def _ids_of_colors(rgb: np.ndarray, colors: Colors, path: Path) -> np.ndarray:
     table = sorted((red << 16 | green << 8 | blue, i) for (red, green, blue), i in colors.items())
     codes = np.array([code for code, _ in table])
     ids = np.array([i for _, i in table], np.uint8)
@@ -275,9 +313,6 @@ def read_boxes(path: Path) -> list[tuple[str, int, int, int, int]]:
         raise UserError(f"{path}: not boxes in VOC's form ({error}); replace it") from None
 
 
-Colors = dict[tuple[int, int, int], int]
-
-
 def read_classes(root: Path) -> tuple[tuple[str, ...], Colors | None]:
     """Class names of a folder, in the order of their ids, and the colors of its masks, if any.
 
@@ -297,11 +332,7 @@ def read_classes(root: Path) -> tuple[tuple[str, ...], Colors | None]:
         path, lines = map_path, list(entries)
     else:
         lines = list(read_lines(path))
-    if lines and re.fullmatch(r"pixel value\s*,\s*class", lines[0], re.IGNORECASE):
-        rows = [line.partition(",")[::2] for line in lines[1:]]
-        if [number.strip() for number, _ in rows] != [str(i) for i in range(len(rows))]:
-            raise UserError(f"{path}: its pixel values are not 0, 1, 2, ...; renumber the masks")
-        lines = [name.strip() for _, name in rows]
+    lines = _unnumbered(lines, path)
     if comments := [line for line in lines if line.startswith("#")]:
         raise UserError(f"{path}: {comments[0]!r} would be a class; take out what is no class name")
     with_color = [re.fullmatch(r"(.+?)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\d+)", line) for line in lines]
@@ -310,6 +341,8 @@ def read_classes(root: Path) -> tuple[tuple[str, ...], Colors | None]:
             raise UserError(f"{path}: {lines[with_color.index(None)]!r} has no color, others have")
         lines = [line[1] for line in with_color]
         entries = {line[1]: tuple(map(int, line.group(2, 3, 4))) for line in with_color}
+    if high := [name for name, color in entries.items() if max(color) > 255]:
+        raise UserError(f"{path}: the color of {first(high)} is not one of 0..255")
     if twice := [name for name, count in Counter(lines).items() if count > 1]:
         raise UserError(f"{path}: class names occur twice: {first(twice)}; tell them apart")
     if "__ignore__" in lines:
@@ -325,6 +358,25 @@ def read_classes(root: Path) -> tuple[tuple[str, ...], Colors | None]:
     if len(colors) < len([name for name in ids if name in entries]):
         raise UserError(f"{path}: two classes have one color; tell them apart")
     return tuple(lines), colors or None
+
+
+def _unnumbered(lines: list[str], path: Path) -> list[str]:
+    """Names from lines that number them: `0, road` under a header or none, or `0 road`."""
+    rows = [re.fullmatch(r"(\d+)(\s*[:,;=\t]\s*| +)([^\d\s].*)", line) for line in lines]
+    apart = all(row[2].strip(" ") for row in rows[1:] if row)  # by more than spaces
+    if len(rows) > 2 and not rows[0] and apart and all(rows[1:]):
+        del rows[0]
+    if not rows or not all(rows):
+        return lines
+    numbers = [int(row[1]) for row in rows]
+    if numbers == list(range(len(numbers))):
+        return [row[3] for row in rows]
+    if not apart and min(numbers) > 0:  # `1 euro` and `2 euro` are names
+        return lines
+    raise UserError(
+        f"{path}: its pixel values are not 0, 1, 2, ... in this order; sort the lines, and "
+        "renumber the masks if these do not begin at 0"
+    )
 
 
 def listed_ids(
@@ -425,18 +477,22 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
         raise UserError("holds no weights by their names")
     stem = "layer1.0.conv1.weight"  # of a ResNet; what stands before it is a wrapper's
-    prefix = min((key.removesuffix(stem) for key in state if key.endswith(stem)), default="")
-    prefix = prefix.removesuffix("backbone.")
+    prefixes = [key.removesuffix(stem) for key in state if key.endswith(stem)]
+    if len(prefixes) > 1:  # such as MoCo's two
+        raise UserError(f"holds several encoders ({first(prefixes)}); save one as a state dict")
+    prefix = "".join(prefixes).removesuffix("backbone.")
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def load_weights(network: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Into the whole network, or into its `backbone` if the state is one of that alone.
+    """Into the whole network, or into its `backbone` if the state has no head like ours.
 
     The classifier keeps its start where the classes are others; all else must be there and fit.
     """
-    whole = any(key.startswith("backbone.") for key in state)
+    whole = any(key.startswith("head.") for key in state)
     part = network if whole else network.backbone
+    if not whole:  # of another kind of segmentation network, such as torchvision's
+        state = {key.removeprefix("backbone."): value for key, value in state.items()}
     own = {k: v for k, v in part.state_dict().items() if not k.endswith("num_batches_tracked")}
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     lost = [key for key in own if key not in fits and not (whole and key.startswith("classifier."))]

@@ -1,6 +1,7 @@
 """People's files: images, masks, class names and lists, read as meant or refused with the mend."""
 
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -9,8 +10,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_datasets import flags, label, make_folder, message, noise, save, values
+from PIL.PngImagePlugin import PngInfo
+from test_cli import call
+from test_datasets import (
+    flags,
+    label,
+    make_camvid,
+    make_cityscapes,
+    make_devkit,
+    make_folder,
+    message,
+    noise,
+    save,
+    values,
+)
 
+import supervised
 from common import UserError, explain
 from common.datasets import IGNORE, UNKNOWN, Folder, Samples, open_data, open_dataset
 from common.files import (
@@ -103,13 +118,25 @@ def png(path: Path, mask: np.ndarray, bits: int) -> None:
     per = 8 // bits
     rows = np.pad(mask, ((0, 0), (0, -mask.shape[1] % per))).reshape(len(mask), -1, per)
     packed = (rows << (8 - bits * np.arange(1, per + 1))).sum(2).astype(np.uint8)
-    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
-    header = struct.pack(">IIBBBBB", mask.shape[1], mask.shape[0], bits, 0, 0, 0, 0)
+    write_png(path, mask.shape, bits, 0, [row.tobytes() for row in packed])
+
+
+def write_png(path: Path, size: tuple[int, int], bits: int, color: int, rows: list) -> None:
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    header = struct.pack(">IIBBBBB", size[1], size[0], bits, color, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
     written = [
         struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks
     ]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(written))
+
+
+def deep_png(path: Path, mask: np.ndarray, color: int, channels: int) -> None:
+    """Class ids in 16 bits a channel, opaque where there is an alpha."""
+    values = np.repeat(mask.astype(">u2")[..., None], channels, 2)
+    if channels in (2, 4):
+        values[..., -1] = 65_535
+    write_png(path, mask.shape, 16, color, [row.tobytes() for row in values])
 
 
 IDS = label(0, 1)
@@ -119,6 +146,7 @@ UNDERSTOOD = {
     "gray as RGB": lambda p: Image.fromarray(np.stack([IDS] * 3, 2)).save(p),
     "opaque RGBA": lambda p: Image.fromarray(np.dstack([IDS] * 3 + [label(255)])).save(p),
     "palette": lambda p: save(p, IDS, ((9, 9, 9), (200, 0, 0))),
+    "lossless WebP": lambda p: Image.fromarray(IDS).save(p, format="WEBP", lossless=True),
     "gray palette of the ids": lambda p: save(p, IDS, ((0, 0, 0), (1, 1, 1))),
 }
 
@@ -161,6 +189,29 @@ AMBIGUOUS = {  # what is done to the folder -> what the message says
         lambda f: save(f / "masks/a.png", IDS, format="JPEG"),
         "masks/a.png: lossy compression",
     ),
+    "lossy WebP": (
+        lambda f: save(f / "masks/a.png", IDS, format="WEBP", quality=90),
+        "a.png: lossy compression",
+    ),
+    "JPEG 2000": (
+        lambda f: (
+            save(f / "masks/v.png", label(0, 1, size=(40, 48)), format="JPEG2000")
+            and save(f / "images/v.jpeg", noise(size=(40, 48)))
+        ),
+        "v.png: lossy compression",
+    ),
+    "RGB of 16 bits": (lambda f: deep_png(f / "masks/a.png", IDS, 2, 3), "a.png: 16 bits a"),
+    "gray and alpha of 16 bits": (lambda f: deep_png(f / "masks/a.png", IDS, 4, 2), "a.png: 16 b"),
+    "a page a class": (
+        lambda f: save(
+            f / "masks/a.png",
+            IDS,
+            format="TIFF",
+            save_all=True,
+            append_images=[Image.new("L", (8, 6))],
+        ),
+        "a.png: a mask of 2 pages",
+    ),
     "2 bits": (lambda f: png(f / "masks/a.png", IDS, 2), "a.png: gray of less than 8 bits"),
     "4 bits": (lambda f: png(f / "masks/v.png", IDS, 4), "v.png: gray of less than 8 bits"),
     "shuffled grays": (
@@ -200,6 +251,45 @@ def test_a_small_draw_may_miss_a_class(folder):
     assert opened(folder, str(folder / "few.txt"))[1].labeled == ("a",)
 
 
+def test_a_class_without_pixels_to_validate_on(folder, capsys):
+    save(folder / "masks" / "v.png", label(0, 255))
+    opened(folder)
+    printed = capsys.readouterr().err
+    assert "no validation mask holds class 1 (bright light), while they hold 255" in printed
+
+
+@pytest.mark.parametrize("turn", [2, 3, 4, 6])
+def test_a_mask_whose_size_does_not_tell_how_its_photo_was_turned(folder, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    square = {"size": (8, 8)}
+    save(folder / "images" / "b.jpg", noise(**square), exif=exif)
+    save(folder / "masks" / "b.png", label(0, 1, **square))
+    text = message(opened, folder)
+    assert "1 photos" in text and "turned or mirrored by EXIF" in text and "not tell" in text
+    save(folder / "masks" / "b.png", label(0, 1, **square), exif=exif)  # turned as its photo
+    assert opened(folder)
+
+
+def test_orientations_that_are_stored_elsewhere_or_are_none(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 9  # no such turn
+    save(folder / "images" / "b.jpg", noise(), exif=exif)
+    assert opened(folder)
+    (folder / "images" / "b.jpg").unlink()
+    exif[0x0112] = 8
+    save(folder / "images" / "b.tif", noise(), exif=exif)
+    assert "which EXIF turns by a quarter" in message(opened, folder)
+    save(folder / "masks" / "b.png", label(0, 1, size=(8, 6)))
+    assert opened(folder)[0].load("b")[1].shape == (8, 6)
+    (folder / "images" / "b.tif").unlink()
+    xmp = '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    save(folder / "images" / "b.png", noise(), pnginfo=info)
+    assert opened(folder)[0].load("b")[1].shape == (8, 6)
+
+
 def test_a_photo_that_exif_turns(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -229,6 +319,21 @@ def test_masks_in_colors(folder):
     assert "b.png: color 129 65 129 is no class's" in message(opened(folder)[0].load, "b")
 
 
+def test_grays_that_stand_for_classes(folder):
+    (folder / "classes.txt").write_text("dark 0 0 0\nbright light 255 255 255\n")
+    for name in ("a", "b", "sub/c.d", "v"):
+        save(folder / "masks" / f"{name}.png", IDS * 255)
+    save(folder / "masks" / "b.png", IDS, ((0, 0, 0), (255, 255, 255)))
+    Image.fromarray(IDS * 255).convert("1").save(folder / "masks" / "v.png")
+    data, _ = opened(folder)
+    for name in ("a", "b", "v"):
+        np.testing.assert_array_equal(data.load(name)[1], IDS)
+    (folder / "classes.txt").write_text("dark 0 0 0\nbright light 1 1 1\n")  # the ids themselves
+    for name in ("a", "b", "sub/c.d", "v"):
+        save(folder / "masks" / f"{name}.png", label(0, 1, 255))
+    assert values(opened(folder)[0], "a") == {0, 1, 255}
+
+
 def test_a_bad_mask_of_an_unlabeled_image_stops_no_training(folder):
     data = open_dataset("folder", folder)
     save(folder / "masks" / "x.png", noise())
@@ -248,6 +353,11 @@ CLASSES = {
     ),
     "__ignore__\n_background_\ncar\n": (("_background_", "car"), None),
     "Pixel Value, Class\n0, background\n1, car\n": (("background", "car"), None),
+    "id,name\n0,background\n1,car\n": (("background", "car"), None),
+    "names:\n  0: background\n  1: car\n": (("background", "car"), None),
+    "0 background\n1 car\n": (("background", "car"), None),
+    "1 euro\n2 euro\n": (("1 euro", "2 euro"), None),
+    "no coin\n0 euro\n1 euro\n": (("no coin", "0 euro", "1 euro"), None),
     "a 1 1 1\nb 2 2 2\n__ignore__ 9 9 9\n": (
         ("a", "b"), {(1, 1, 1): 0, (2, 2, 2): 1, (9, 9, 9): 255},
     ),
@@ -265,6 +375,9 @@ def test_class_files(tmp_path, text):
     ("# my classes\na\nb\n", "'# my classes' would be a class"),
     ("a\n__ignore__\nb\n", "__ignore__ must be the first line"),
     ("Pixel Value, Class\n1, a\n2, b\n", "its pixel values are not 0, 1, 2"),
+    ("1 car\n0 background\n", "its pixel values are not 0, 1, 2"),
+    ("1: background\n2: car\n", "its pixel values are not 0, 1, 2"),
+    ("a 1 2 3\nb 1 2 300\n", "the color of b is not one of 0..255"),
     ("a 1 2 3\nb\n", "'b' has no color"),
     ("a 1 2 3\nb 1 2 3\n", "two classes have one color"),
 ])  # fmt: skip
@@ -299,10 +412,19 @@ def test_links_are_followed_once(folder, tmp_path):
     assert open_dataset("folder", folder).extra_ids == ("more/z", "x", "y")
 
 
-def test_masks_beside_images_are_refused(folder):
-    save(folder / "images" / "b_mask.png", label(0, 1))
+@pytest.mark.parametrize("name", [
+    "b_mask", "b.GT", "mask_b", "b-labelIds", "b_groundtruth", "b_color_mask", "sub/c.d_seg",
+])  # fmt: skip
+def test_masks_beside_images_are_refused(folder, name):
+    save(folder / "images" / f"{name}.png", label(0, 1))
     text = message(open_dataset, "folder", folder)
-    assert "b_mask.png seems to be the mask" in text and str(folder / "masks") in text
+    assert f"{name}.png seems to be the mask" in text and str(folder / "masks") in text
+
+
+def test_names_that_only_look_like_a_mask_s(folder):
+    for name in ("z_mask", "sub/b_mask", "b_2", "bmask", "mask"):
+        save(folder / "images" / f"{name}.png", noise())
+    assert {"z_mask", "sub/b_mask", "b_2", "bmask", "mask"} < {*Folder(folder).extra_ids}
 
 
 def test_an_unreadable_folder_is_an_error(folder, monkeypatch):
@@ -328,6 +450,34 @@ def test_names_in_other_encodings_and_normal_forms(tmp_path):
     assert split.labeled == (together,) and len(split.unlabeled) == 1
     assert data.load(together)[1].max() == 1 and data.load(split.unlabeled[0], False)
     assert explain(UserError(split.unlabeled[0]))
+
+
+def test_hidden_cities_are_no_data(tmp_path):
+    make_cityscapes(tmp_path)
+    before = open_dataset("cityscapes", tmp_path).train_ids
+    train = tmp_path / "leftImg8bit" / "train"
+    file = next(train.glob("*/*.png"))
+    (train / ".ipynb_checkpoints").mkdir()
+    shutil.copy(file, train / ".ipynb_checkpoints")
+    assert open_dataset("cityscapes", tmp_path).train_ids == before
+    (train / "backup").mkdir()
+    shutil.copy(file, train / "backup")
+    text = message(open_dataset, "cityscapes", tmp_path)
+    assert "train images" in text and "occur twice" in text
+
+
+def test_camvid_in_capitals(tmp_path):
+    make_camvid(tmp_path, ".PNG")
+    data = open_dataset("camvid", tmp_path)
+    assert data.train_ids == ("a", "b") and data.load("a")
+
+
+def test_a_validation_image_counts_once(tmp_path):
+    folder = make_devkit(tmp_path)
+    (folder / "SegmentationClassAug").mkdir()
+    names = folder / "ImageSets" / "Segmentation" / "val.txt"
+    names.write_text(2 * names.read_text())
+    assert "val images" in (text := message(open_dataset, "voc", tmp_path)) and "twice" in text
 
 
 # ---- lists ---------------------------------------------------------------------------------------
@@ -403,6 +553,9 @@ def test_fingerprint(folder):
     (folder / "classes.txt").write_text("bright light\ndark\n")
     assert changed() == {"classes"}
     (folder / "classes.txt").write_text("dark\nbright light\n")
+    (folder / "classes.txt").write_text("dark 1 1 1\nbright light 0 0 0\n__ignore__ 255 255 255\n")
+    assert changed() == {"colors"}
+    (folder / "classes.txt").write_text("dark\nbright light\n")
     save(folder / "images" / "new.png", noise())
     assert changed() == {"unlabeled images", "sizes of the image files"}
 
@@ -431,6 +584,14 @@ def test_weights_of_others(tmp_path):
     head = network.head.fuse[0].weight  # of one of our own, the head comes too
     assert torch.equal(head, source.head.fuse[0].weight)
     assert network.classifier.weight.shape == target.classifier.weight.shape
+    theirs = {f"backbone.{key}": value for key, value in encoder.items()}
+    torch.save(theirs | {"classifier.4.weight": torch.zeros(21, 256, 1, 1)}, tmp_path / "deeplab")
+    network = DeepLabV3Plus(3, "resnet14")
+    load_weights(network, read_weights(tmp_path / "deeplab"))
+    assert torch.equal(network.backbone.conv1.weight, encoder["conv1.weight"])
+    two = {f"module.encoder_{k}.{key}": value for k in "qk" for key, value in encoder.items()}
+    torch.save({"state_dict": two}, tmp_path / "moco")
+    assert "several encoders (module.encoder_q., " in message(read_weights, tmp_path / "moco")
     del encoder["layer4.0.conv2.weight"]
     text = message(load_weights, network, encoder)
     assert text.startswith("1 of") and text.endswith(": layer4.0.conv2.weight")
@@ -438,6 +599,26 @@ def test_weights_of_others(tmp_path):
         torch.save(content, tmp_path / "bad")
         assert expected in message(read_weights, tmp_path / "bad")
     assert message(read_weights, tmp_path / "none") == "no such file"
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "{", None])
+def test_damaged_arguments_of_a_run(quick, tmp_path, content):
+    args = quick(supervised.Args, steps=1, split="4", batch_size=2)
+    path = Path(supervised.main(args)["run_dir"]) / "args.json"
+    path.unlink() if content is None else path.write_text(content)
+    text = message(supervised.main, args)
+    assert f"{path}: damaged" in text and f"delete {path.parent} to start anew" in text
+
+
+@pytest.mark.parametrize("left", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": ""}])
+def test_variables_that_another_program_left(monkeypatch, capsys, left):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = call(supervised, monkeypatch, capsys, "--dataset", "shapes", "--device", "cpu")
+    assert code == 2 and "RANK" in err and "not by torchrun: use it, or unset them" in err
 
 
 # ---- machines ------------------------------------------------------------------------------------

@@ -96,6 +96,29 @@ def test_results_inside_the_folder_are_no_images(run, tmp_path):
         assert code == 0 and "1 images" in out
 
 
+def test_results_are_known_by_their_real_place(run, tmp_path, monkeypatch):
+    save(tmp_path / "in" / "a.jpg", noise())
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the photos by their whole path, the results by a relative one
+        code, out, err = run(tmp_path / "in", "--out", "in/predictions")
+        assert code == 0 and "1 images" in out, err
+    (tmp_path / "in" / "a.jpg").rename(tmp_path / "a.jpg")
+    code, _, err = run("in", "--out", "in/predictions")
+    assert code == 2 and "holds no image" in err
+
+
+def test_results_may_lie_in_a_folder_above_or_behind_a_link(run, tmp_path, monkeypatch):
+    save(tmp_path / "in" / "a.jpg", noise())
+    monkeypatch.chdir(tmp_path)
+    assert run("in", "--out", ".")[0] == 0
+    assert (tmp_path / "a.png").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
+    for _ in range(2):
+        code, out, err = run("in", "--out", "out")
+        assert code == 0 and "1 images" in out, err
+
+
 def test_a_bad_file_stops_no_other(run, tmp_path):
     for name in ("a", "c"):
         save(tmp_path / "in" / f"{name}.png", noise())
@@ -178,6 +201,49 @@ def test_normalization_is_the_checkpoint_s(run, tmp_path, checkpoint):
     assert photo.exists()
 
 
+@pytest.mark.parametrize("change", ["palette", "crop_size", "dataset", "shape"])
+def test_checkpoints_of_forks(tmp_path, checkpoint, change):
+    changed = torch.load(checkpoint)
+    meta = changed["meta"]
+    if change == "palette":
+        del meta["palette"]
+    elif change == "crop_size":
+        del meta["args"]["crop_size"]
+    elif change == "dataset":
+        meta["args"]["dataset"] = "mydata"
+    else:
+        changed["network"]["classifier.weight"] = torch.zeros(3, 64, 1, 1)
+    torch.save(changed, tmp_path / "fork.pt")
+    said = {"dataset": "mydata, is none of", "shape": "another network.*classifier.weight"}
+    with pytest.raises(predict.UserError, match=said.get(change, change)):
+        predict.load(tmp_path / "fork.pt", torch.device("cpu"))
+
+
+def test_evaluation_looks_at_the_masks(tmp_path, checkpoint, capsys):
+    folder = make_folder(tmp_path / "mine")
+    changed = torch.load(checkpoint)
+    changed["meta"]["args"] |= {"dataset": "folder", "data_root": str(folder)}
+    changed["meta"]["classes"] = ["dark", "bright light"]
+    changed["network"] |= {
+        key: value[:2] for key, value in changed["network"].items() if key.startswith("classifier")
+    }
+    torch.save(changed, tmp_path / "two.pt")
+    arguments = predict.Args(checkpoint=tmp_path / "two.pt", evaluate=True, device="cpu")
+    save(folder / "masks" / "v.png", label(0, 255))
+    predict.main(arguments)
+    assert "no validation mask holds class 1" in capsys.readouterr().err
+    save(folder / "masks" / "v.png", label(0, 1), format="JPEG")
+    with pytest.raises(predict.UserError, match="lossy"):
+        predict.main(arguments)
+
+
+@pytest.mark.parametrize("name", ["last.pt", "model.onnx", "folder.pt2"])
+def test_programs_take_no_other_file_s_place(run, tmp_path, name):
+    (tmp_path / "folder.pt2").mkdir()
+    code, _, err = run("--export", tmp_path / name)
+    assert code == 2 and f"{name}: name a file that ends with .pt2" in err
+
+
 def test_a_forks_network_is_explained(tmp_path, checkpoint, run):
     changed = torch.load(checkpoint)
     state = changed["network"]
@@ -190,10 +256,10 @@ def test_a_forks_network_is_explained(tmp_path, checkpoint, run):
 
 
 def test_an_exported_program_gives_the_same_masks(run, tmp_path, checkpoint):
-    code, out, err = run("--export", tmp_path / "model.pt2")
+    code, out, err = run("--export", tmp_path / "new" / "model.pt2")
     assert code == 0 and "model.pt2" in out, err
-    assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
-    program = torch.export.load(tmp_path / "model.pt2").module()
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["model.pt2"]
+    program = torch.export.load(tmp_path / "new" / "model.pt2").module()
     network, meta = predict.load(checkpoint, torch.device("cpu"))
     for size in ((1, 3, 64, 64), (2, 3, 75, 130)):
         image = torch.randint(256, size, generator=torch.Generator().manual_seed(1)).byte()
