@@ -51,6 +51,7 @@ from common.datasets import (
     stream_seed,
 )
 from common.evaluation import Protocol, pixel_accuracy, side_by_side, validate
+from common.files import read_weights
 from common.splits import fetch
 from common.transforms import MEAN, STD, WeakView, normalize, statistics
 
@@ -682,8 +683,7 @@ def make_network(args, num_classes: int, name: str) -> DPT:
             file, sha256 = WEIGHTS[args.backbone]
             path = Path(torch.hub.get_dir()) / "checkpoints" / Path(file).name
             fetch(f"{DINOV2}/{file}", path, sha256)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        network.backbone.load_state_dict(load_dinov2(state))
+        network.backbone.load_state_dict(load_dinov2(read_weights(path)))
     except Exception as error:  # torch raises many kinds for a bad file
         mend = f"use --weights none or FILE, named as in Meta's; dinov2 has {', '.join(WEIGHTS)}"
         raise UserError(f"--weights {args.weights}, {args.backbone}: {error}; {mend}") from None

@@ -28,16 +28,14 @@ def claim(file) -> None:
 def explain(error: Exception) -> str | None:
     """One line, with the mend, for what the input or the machine did; None for our own mistakes."""
     text, cause = str(error).strip(), error.__context__
-    if isinstance(error, RuntimeError) and isinstance(cause, OSError) and cause.errno:
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, RuntimeError) and getattr(cause, "errno", None) in full:
         error, text = cause, str(cause)  # torch's word for a full disk says less
     if isinstance(error, UserError | FloatingPointError):
         return text
     if isinstance(error, OSError):
-        mends = {
-            errno.ENOSPC: "; make room, and the same command continues",
-            errno.EDQUOT: "; make room, and the same command continues",
-            errno.EMFILE: "; raise the limit (ulimit -n 4096), or use --num-workers 0",
-        }
+        mends = dict.fromkeys(full, "; make room, and the same command continues")
+        mends[errno.EMFILE] = "; raise the limit (ulimit -n 4096), or use --num-workers 0"
         return text + mends.get(error.errno, "")
     lowered = text.lower()
     if "out of memory" in lowered or "allocate memory" in lowered or isinstance(error, MemoryError):

@@ -2,6 +2,7 @@
 
 import http.server
 import importlib
+import signal
 import threading
 import time
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ SHARED = ROOT.parent / "shared"
 SCRIPTS = {name: importlib.import_module(name) for name in existing()}
 
 torch.set_num_threads(1)  # small tensors, and busy machines
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
 
 class Golden(dict):

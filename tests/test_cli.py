@@ -75,7 +75,7 @@ MISTAKES = {
     "--eval-every 0": "--eval-every 0: must lie in [1, inf]",
     "--seed -1": "--seed -1: must lie in [0, inf]",
     "--weights imagenet": "--weights imagenet, resnet14: Unknown model resnet14; use none",
-    "--weights nowhere.pth": "--weights nowhere.pth, resnet14: [Errno 2] No such file",
+    "--weights nowhere.pth": "--weights nowhere.pth, resnet14: no such file",
     "--weights README.md": "--weights README.md, resnet14: ",
     "--dataset voc": "--dataset shapes",
     "--dataset cityscapes": "cityscapes-dataset.com",

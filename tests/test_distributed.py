@@ -84,7 +84,7 @@ def test_mistakes_end_both_processes(quick, capfd):
     run(2, "supervised", args)
     capfd.readouterr()
     assert exit_codes(2, "supervised", replace(args, lr=0.5)) == [2, 2]
-    assert capfd.readouterr().err.count("holds a run with other arguments") == 1
+    assert capfd.readouterr().err.count("holds a run that differs in lr") == 1
     assert exit_codes(2, "supervised", replace(args, check_data=True)) == [0, 0]
 
 

@@ -38,8 +38,8 @@ def full_disk(args, limit: int) -> None:
     """A run on a disk that takes files of `limit` bytes after its first checkpoint."""
     save = supervised.Run.save
 
-    def save_until_full(self, name, checkpoint):
-        save(self, name, checkpoint)
+    def save_until_full(self, name, *rest, **flags):
+        save(self, name, *rest, **flags)
         if name == "last.pt":
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
@@ -110,7 +110,7 @@ def test_killed_loader_process(quick):
     process.join(60)
     end(process)
     error = Path(args.output_dir).with_name("stderr.txt").read_text()
-    assert process.exitcode == 1 and "DataLoader worker" in error, error
+    assert process.exitcode == 2 and "DataLoader worker" in error, error
     complete("supervised", replace(args, exp_name="whole"))
     complete("supervised", args)
     runs = [run_dir(replace(args, exp_name=name)) for name in ("whole", "supervised")]
