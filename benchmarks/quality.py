@@ -230,6 +230,8 @@ def results(script: str) -> str:
             length = f"{rows[0]['steps']:,}, {seeds}"
             title = f"{dataset}, {SPLITS[dataset][1]}"
             lines.append(f"| {title} | {' | '.join(cells)} | {length} |")
+    if len(lines) == 2:
+        return f"Not measured yet: `python benchmarks/quality.py shapes --rows {script} --workers 2`."
     lines += ["", "mIoU in % of the last checkpoint (± standard deviation); the README has more."]
     return "\n".join(lines)
 
