@@ -191,7 +191,7 @@ def stability_score(predictions: list[torch.Tensor], num_classes: int) -> float:
 
 
 def mean(values) -> float:
-    """0 of none: a training of two steps has one checkpoint."""
+    """0 of none: a training of one step has no earlier checkpoint."""
     values = list(values)
     return sum(values) / max(1, len(values))
 
