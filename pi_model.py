@@ -586,15 +586,14 @@ def resolve(args):
 
 def find_device(args) -> tuple[int, int, torch.device]:
     """(rank, world_size, device) from torchrun's variables; one process when there are none."""
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
-    found = [name for name in [*names, "MASTER_ADDR"] if name in os.environ]
-    if 0 < len(found) < 5 and found != ["MASTER_ADDR"]:  # left over, or set by a scheduler
+    found = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name in os.environ]
+    if len(found) == 2 or found in (["RANK"], ["WORLD_SIZE"]):  # left over, or a scheduler's
         raise UserError(f"{', '.join(found)} set, but not by torchrun: use it, or unset them")
-    default = [0, 1, 0, 1]
-    rank, world_size, local_rank, here = map(int, map(os.environ.get, names, default))
+    default = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 0}
+    rank, world_size, local_rank, here = (int(os.environ.get(k, v)) for k, v in default.items())
     count = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": world_size}
     kind = next(k for k in count if count[k]) if args.device == "auto" else args.device
-    if here > count[kind]:  # found by all processes of a machine, so that rank 0 says it
+    if max(here, 1) > count[kind]:  # found by all processes of a machine, so that rank 0 says it
         raise UserError(f"--device {kind}: {count[kind]} here; use fewer processes, or cpu")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":

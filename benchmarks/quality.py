@@ -231,7 +231,8 @@ def results(script: str) -> str:
             title = f"{dataset}, {SPLITS[dataset][1]}"
             lines.append(f"| {title} | {' | '.join(cells)} | {length} |")
     if len(lines) == 2:
-        return f"Not measured yet: `python benchmarks/quality.py shapes --rows {script} --workers 2`."
+        command = f"python benchmarks/quality.py shapes --rows {script} --workers 2"
+        return f"Not measured yet: `{command}`."
     lines += ["", "mIoU in % of the last checkpoint (± standard deviation); the README has more."]
     return "\n".join(lines)
 
