@@ -11,7 +11,7 @@ import predict
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_FLAGS = {
     "--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--logdir",
-    "--help",
+    "--help", "--rows", "--workers",
     "--from", "--write", "--report", "--readme", "--check", "--no-cutmix",
 }  # fmt: skip
 
