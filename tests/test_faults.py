@@ -57,8 +57,10 @@ def test_full_disk_while_a_checkpoint_is_written(limit, quick):
     error = Path(args.output_dir).with_name("stderr.txt").read_text()
     assert process.exitcode, error
     assert torch.load(run_dir(args) / "last.pt", weights_only=True)["step"] == 2
-    whole = supervised.main(replace(args, exp_name="whole"))
-    assert_same(weights(whole["run_dir"]), weights(supervised.main(args)["run_dir"]))
+    complete("supervised", replace(args, exp_name="whole"))
+    complete("supervised", args)
+    runs = [run_dir(replace(args, exp_name=name)) for name in ("whole", "supervised")]
+    assert_same(*map(weights, runs))
 
 
 def test_full_disk_while_the_log_is_written(monkeypatch, capsys, tmp_path):
