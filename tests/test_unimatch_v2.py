@@ -771,15 +771,16 @@ def test_unlabeled_labels_are_never_read(quick, monkeypatch):
 
 
 def test_predict_reads_its_checkpoints(quick, monkeypatch, capsys, tmp_path):
-    """The teacher's score is that of the run, on images that the patch does not divide, too."""
-    result = main(
-        quick(Args, crop_size=96, steps=2)
-    )  # larger than the scenes, which are not padded
+    """Both evaluate whole scenes without padding; a photograph that the patch does not divide."""
+    seen = Recorder(monkeypatch)
+    result = main(quick(Args, crop_size=96, steps=2))
+    assert [image.shape[2] for image, _ in seen.teacher] == [96] * 2 + [64] * 7
     for name in ("last.pt", "best.pt"):
         line = [f"{result['run_dir']}/{name}", "--evaluate", "--device", "cpu"]
         code, out, err = call(predict, monkeypatch, capsys, *line)
         assert code == 0 and "(teacher), vit_tiny, whole image" in out, err
         assert f"{100 * result['miou']:.2f}" in out.splitlines()[-1]
+    assert [image.shape[2] for image, _ in seen.teacher[9:]] == [64] * 14
     from PIL import Image
 
     Image.new("RGB", (61, 45), "red").save(tmp_path / "photo.png")
