@@ -132,7 +132,7 @@ PAPER = {
     "camvid": dict(
         split="1/8", backbone="resnet14", weights="none", batch_size=8, crop_size=160, steps=1_000,
         optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=1e-4, supervised_loss="ce",
-        lambda_u=1.0, ramp_up=0.4, lambda_classification=0.1,
+        lambda_u=1.0, ramp_up=0.4, lambda_classification=0.03,
     ),
 }  # fmt: skip
 PAPER["shapes"] = PAPER["camvid"] | dict(split="20", batch_size=16, crop_size=48)

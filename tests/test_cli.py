@@ -99,7 +99,7 @@ def test_mistakes(name, flags, monkeypatch, capsys, tmp_path):
     text = re.sub(r"\s+", " ", err.replace("│", " "))
     message = MISTAKES[flags].replace("resnet14", SCRIPTS[name].PAPER["shapes"]["backbone"])
     if (name, flags) == ("unimatch_v2", "--weights imagenet"):  # no name there, so a file
-        message = "--weights imagenet, vit_tiny: [Errno 2] No such file"
+        message = "--weights imagenet, vit_tiny: no such file; use --weights none or FILE"
     assert message in text and "Traceback" not in text, text
     assert not list(tmp_path.glob("runs/*/last.pt"))
 

@@ -36,6 +36,7 @@ def process(rank, world_size, port, name, args, frozen):
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
+    sys.stderr = error_file(args, rank).open("w")  # that of the fork server is another test's
     torch.set_num_threads(1)
     from test_supervised import freeze_batchnorm
 
@@ -71,20 +72,26 @@ def start_processes(world_size: int, name: str, args, frozen: bool = False) -> l
     return processes
 
 
+def error_file(args, rank: int) -> Path:
+    return Path(args.output_dir).parent / f"stderr_{rank}.txt"
+
+
 def exit_codes(world_size: int, name: str, args, frozen: bool = False) -> list[int]:
+    """They end, and what they wrote to stderr is this process's."""
     processes = start_processes(world_size, name, args, frozen)
-    for one in processes:
+    for rank, one in enumerate(processes):
         one.join(180)
+        print(error_file(args, rank).read_text(), file=sys.stderr)
     return [one.exitcode for one in processes]
 
 
-def test_mistakes_end_both_processes(quick, capfd):
+def test_mistakes_end_both_processes(quick, capsys):
     """What rank 0 alone finds (a refused resume, checked data) ends all, said once."""
     args = quick(supervised.Args, steps=2)
     run(2, "supervised", args)
-    capfd.readouterr()
+    capsys.readouterr()
     assert exit_codes(2, "supervised", replace(args, lr=0.5)) == [2, 2]
-    assert capfd.readouterr().err.count("holds a run that differs in lr") == 1
+    assert capsys.readouterr().err.count("holds a run that differs in lr") == 1
     assert exit_codes(2, "supervised", replace(args, check_data=True)) == [0, 0]
 
 
