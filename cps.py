@@ -252,9 +252,10 @@ def ohem_cross_entropy(
 
 
 def supervised_loss(logits: torch.Tensor, label: torch.Tensor, kind: str) -> torch.Tensor:
-    """`ce` or `ohem` (0.7, 50,000 pixels per image of the local batch, as in the CPS release)."""
-    if kind == "ohem":
-        return ohem_cross_entropy(logits, label, 0.7, 50_000 * len(label))
+    """`ce`, or the mean of each image's `ohem` (0.7, 50,000 pixels), on any number of processes."""
+    if kind == "ohem":  # as in the CPS release, of one labeled image per process
+        each = zip(logits.split(1), label.split(1), strict=True)
+        return torch.stack([ohem_cross_entropy(z, y) for z, y in each]).mean()
     return cross_entropy(logits, label)
 
 
@@ -278,9 +279,11 @@ def main(args: Args) -> dict:
 
     # === networks ===
     batches_l = make_batches(args, data, split.labeled, "labeled", place)
-    partner = {"other": "next", "same": "same"}[args.cutmix_partner] if args.cutmix else None
     labels = "known" if args.log_pseudo_accuracy else "none"
+    partner = "same" if args.cutmix and args.cutmix_partner == "same" else None
     batches_u = make_batches(args, data, split.unlabeled, "unlabeled", place, partner, labels)
+    if args.cutmix and not partner:  # the images that are pasted: a second order of the same pool
+        batches_v = make_batches(args, data, split.unlabeled, "pasted", place, None, labels)
     networks = [make_network(args, len(data.classes), name) for name in ("1", "2")]
     ddps = [prepare(network, args, world_size, device) for network in networks]
     optimizer = make_optimizer(networks, args, device)
@@ -308,24 +311,27 @@ def main(args: Args) -> dict:
             # === loss ===
             image_u, label_u = next(batches_u)
             unmixed, kind = image_u, args.cps_target
-            if args.cutmix:  # image a with b: the next one of the global batch, or another crop
+            if args.cutmix:
                 # DIFFERS (cps.md 3): the paper's two images are the default, not the release's one.
+                if partner:  # each image comes with a second crop of it
+                    (image_u, image_v), (label_u, label_v) = image_u.chunk(2), label_u.chunk(2)
+                else:
+                    image_v, label_v = next(batches_v)
                 n, size = len(image_l), args.crop_size
                 first = (rank * args.accumulate + micro) * n  # this micro-batch in the global one
                 generator = step_generator(args.seed, "boxes", step)
                 shape = (args.batch_size, size, size)
                 mask = box_masks(*shape, generator, args.n_boxes, args.box_area)
                 mask = mask[first : first + n].to(device, non_blocking=True)
-                a, b = image_u[:n], image_u[-n:]
                 # Targets are made on the unmixed images, in train mode, and then mixed. A context
                 # of its own: autocast would hand its weights without gradient to the next forward.
                 with torch.no_grad(), autocast:
                     targets = [
-                        paste(cps_target(ddp(a), kind), cps_target(ddp(b), kind), mask)
+                        paste(cps_target(ddp(image_u), kind), cps_target(ddp(image_v), kind), mask)
                         for ddp in ddps
                     ]
-                unmixed, image_u = a, paste(a, b, mask)
-                label_u = paste(label_u[:n], label_u[-n:], mask)
+                unmixed, image_u = image_u, paste(image_u, image_v, mask)
+                label_u = paste(label_u, label_v, mask)
                 with autocast:
                     logits = [ddp(image_u) for ddp in ddps]
                     logits_l = [ddp(image_l) for ddp in ddps]

@@ -300,9 +300,10 @@ def ohem_cross_entropy(
 
 
 def supervised_loss(logits: torch.Tensor, label: torch.Tensor, kind: str) -> torch.Tensor:
-    """`ce` or `ohem` (0.7, 50,000 pixels per image of the local batch, as in the CPS release)."""
-    if kind == "ohem":
-        return ohem_cross_entropy(logits, label, 0.7, 50_000 * len(label))
+    """`ce`, or the mean of each image's `ohem` (0.7, 50,000 pixels), on any number of processes."""
+    if kind == "ohem":  # as in the CPS release, of one labeled image per process
+        each = zip(logits.split(1), label.split(1), strict=True)
+        return torch.stack([ohem_cross_entropy(z, y) for z, y in each]).mean()
     return cross_entropy(logits, label)
 
 

@@ -1,5 +1,7 @@
 """cps.py: losses and masks against hand-worked numbers and the authors' code, whole steps, runs."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from conftest import (
 from test_supervised import freeze_batchnorm
 
 import cps
-from common.datasets import global_batch, step_generator
+from common.datasets import step_generator
 from cps import (
     PAPER,
     Args,
@@ -211,20 +213,49 @@ def test_main_takes_the_authors_steps(path, name, quick, monkeypatch):
                 torch.testing.assert_close(state[key], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_partner_is_the_next_image_of_the_global_batch():
-    from common.datasets import MicroBatches, StreamSampler
+def test_pasted_images_are_another_stream(quick, monkeypatch):
+    """Or a second crop of each image; without CutMix there are none."""
+    streams, right = [], cps.make_batches
 
-    pairs = global_batch(50, 8, 0, "unlabeled", 3)
-    for world_size in (1, 2, 4, 8):
-        for rank in range(world_size):
-            sampler = StreamSampler(50, 8, 0, rank, world_size, 3, "unlabeled")
-            share = 8 // world_size
-            batch = next(iter(MicroBatches(sampler, 1, "next")))
-            first = rank * share
-            assert batch == [pairs[(first + i) % 8] for i in range(share + 1)]
-            same = next(iter(MicroBatches(sampler, 1, "same")))
-            assert [i for i, _ in same[share:]] == [i for i, _ in same[:share]]
-            assert not {s for _, s in same[share:]} & {s for _, s in same[:share]}
+    def remember(args, data, ids, stream, place, partner=None, labels="all"):
+        streams.append((stream, partner, len(ids)))
+        return right(args, data, ids, stream, place, partner, labels)
+
+    monkeypatch.setattr(cps, "make_batches", remember)
+    for number, (flags, expected) in enumerate((
+        ({}, [("unlabeled", None, 1016), ("pasted", None, 1016)]),
+        ({"cutmix_partner": "same"}, [("unlabeled", "same", 1016)]),
+        ({"cutmix": False, "cutmix_partner": "same"}, [("unlabeled", None, 1016)]),
+    )):  # fmt: skip
+        main(quick(Args, steps=1, exp_name=f"n{number}", **flags))
+        assert streams == [("labeled", None, 8), *expected]
+        streams.clear()
+
+
+def test_two_images_or_two_crops_are_mixed(quick, monkeypatch):
+    mixed, right = [], cps.paste
+
+    def remember(a, b, mask):
+        mixed.append((a, b, right(a, b, mask)))
+        return mixed[-1][2]
+
+    def batches(_, data, ids, stream, place, partner=None, labels="all"):
+        value = {"labeled": 0.0, "unlabeled": 1.0, "pasted": 2.0}[stream]
+        image = torch.full((4, 3, 32, 32), value)
+        image = torch.cat([image, image + 0.5]) if partner else image
+        return itertools.repeat((image, torch.zeros(len(image), 32, 32, dtype=torch.long)))
+
+    monkeypatch.setattr(cps, "paste", remember)
+    monkeypatch.setattr(cps, "make_batches", batches)
+    for partner, value in (("other", 2.0), ("same", 1.5)):
+        main(quick(Args, steps=1, exp_name=partner, cutmix_partner=partner))
+        a, b, image = next(images for images in mixed if images[0].shape[1] == 3)
+        assert a.unique() == 1 and b.unique() == value and len(a) == len(b) == 4
+        assert set(image.unique().tolist()) == {1.0, value}
+        mixed.clear()
+
+
+def test_masks_are_those_of_their_step():
     masks = box_masks(8, 32, 32, step_generator(0, "boxes", 3))
     assert torch.equal(masks, box_masks(8, 32, 32, step_generator(0, "boxes", 3)))
     assert not torch.equal(masks, box_masks(8, 32, 32, step_generator(0, "boxes", 4)))

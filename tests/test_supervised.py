@@ -232,6 +232,19 @@ def test_loss_falls_with_every_optimizer_and_loss(quick):
         assert sum(loss[-5:]) < 0.9 * sum(loss[:5])
 
 
+def test_ohem_mines_each_image():
+    """Of 62,500 pixels with p = 0.4 and as many with 0.9: all of the first, 50,000 others."""
+    prob = torch.tensor([0.4, 0.9]).view(2, 1, 1, 1).expand(2, 1, 250, 250)
+    logits = torch.cat([prob, 1 - prob], dim=1).log()
+    label = torch.zeros(2, 250, 250, dtype=torch.long)
+    loss = supervised.supervised_loss(logits, label, "ohem")
+    assert loss.item() == pytest.approx(-(math.log(0.4) + math.log(0.9)) / 2)
+    for parts in (1, 2):  # of as many processes or micro-batches
+        pairs = zip(logits.chunk(parts), label.chunk(parts), strict=True)
+        each = [supervised.supervised_loss(*pair, "ohem") for pair in pairs]
+        assert torch.stack(each).mean().item() == pytest.approx(loss.item())
+
+
 def test_accumulate_takes_the_mean_gradient(quick, monkeypatch):
     """Where BatchNorm cannot differ (eval mode), 2 x 2 images give the step of 1 x 4."""
     freeze_batchnorm(monkeypatch, supervised)
