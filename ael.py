@@ -207,15 +207,30 @@ def pseudo_labels(
     return confidence, label.where(confidence >= threshold, IGNORE)
 
 
-def confidence_sums(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def confidence_sums(
+    logits: torch.Tensor, label: torch.Tensor, per_image: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of the true class's probability over each class's pixels, and their counts, (C,) each.
 
     logits: (B, C, H, W), the student's on labeled images; no gradient
     label: (B, H, W) int64, 255 ignored
+    per_image: (B, C) each
     """
     prob = full_precision(logits.detach()).softmax(1)
     true = class_masks(label, logits.shape[1])
-    return (prob * true).sum((0, 2, 3)), true.sum((0, 2, 3))
+    pixels = (2, 3) if per_image else (0, 2, 3)
+    return (prob * true).sum(pixels), true.sum(pixels)
+
+
+def sums_over_pairs(sums: torch.Tensor, counts: torch.Tensor, absent: Literal["zero", "keep"]):
+    """Each pair's mean confidence summed over the pairs of a batch, and their number: (C,) each.
+
+    sums, counts: (B, C), of `confidence_sums` for each image
+    absent: a class without pixels in a pair has 0 there ("zero"), or the pair is left out ("keep")
+    """
+    sums, counts = (torch.stack([x.sum(0) for x in of.split(2)]) for of in (sums, counts))
+    number = (counts if absent == "keep" else counts.sum(1, keepdim=True)) > 0
+    return (sums / counts.clamp(min=1)).sum(0), number.expand_as(counts).sum(0)
 
 
 def update_confidence(
@@ -229,7 +244,7 @@ def update_confidence(
 
     A class without pixels counts as 0 ("zero", as released), or it will "keep" its value.
     """
-    # DIFFERS (ael.md 8): "keep" is ours; "zero" pulls a class down whenever a batch lacks it.
+    # DIFFERS (ael.md 8): "keep" is ours; "zero" pulls a class down whenever a pair lacks it.
     new = momentum * bank + (1 - momentum) * sum / count.clamp(min=1)
     return torch.where(count > 0, new, bank) if absent == "keep" else new
 
@@ -256,16 +271,19 @@ def copy_paste(
     label: torch.Tensor,
     paste_image: torch.Tensor,
     paste_label: torch.Tensor,
-    classes: list[int],
+    classes: list[int] | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(image, label) with the other images' pixels of `classes` in the same places.
 
     image, paste_image: (B, 3, H, W)
     label, paste_label: (B, H, W) int64; where a paste label is 0 throughout, nothing is pasted
+    classes: ids, for all images, or each image's as bool (B, C)
     """
-    wanted = torch.zeros(256, dtype=torch.bool)
-    wanted[list(classes)] = True
-    mask = to_device(wanted, label.device)[paste_label]
+    if not isinstance(classes, torch.Tensor):
+        named = torch.zeros(256, dtype=torch.bool).index_fill(0, torch.tensor(classes).long(), True)
+        classes = to_device(named.expand(len(label), -1), label.device)
+    wanted = F.pad(classes, (0, IGNORE + 1 - classes.shape[1]))  # neither other ids nor 255
+    mask = wanted.gather(1, paste_label.flatten(1)).view_as(paste_label)
     mask = mask & paste_label.flatten(1).any(1)[:, None, None]
     return paste(image, paste_image, mask[:, None]), paste(label, paste_label, mask[:, None])
 
@@ -411,7 +429,7 @@ class Bank(nn.Module):
     labeled_classes: (N, C) bool, the classes in each labeled image
     confidence: (C,) fp32 on the training device
     contains: (N, C) bool, whether the teacher last saw a class in an unlabeled image
-    pasted_classes, pasted_image, source_class, source_image: (AHEAD, C) bool and (AHEAD, B),
+    pasted_classes, pasted_image, source_class, source_image: (AHEAD, B, C) bool and (AHEAD, B),
         chosen for step t in row t % AHEAD; image -1 stands for nothing to paste
     last_confidence, last_images, last_seen: what the last step left, on the CPU: (C,), and the
         (2 B) unlabeled images and (2 B, C) classes in them
@@ -431,7 +449,8 @@ class Bank(nn.Module):
         # DIFFERS (ael.md 7): a bank starts at 0, not at random.
         self.confidence = nn.Buffer(torch.zeros(num_classes, device=device))
         self.contains = nn.Buffer(torch.zeros(num_unlabeled, num_classes, dtype=torch.bool))
-        self.pasted_classes = nn.Buffer(torch.zeros(AHEAD, num_classes, dtype=torch.bool))
+        size = (AHEAD, args.batch_size, num_classes)
+        self.pasted_classes = nn.Buffer(torch.zeros(size, dtype=torch.bool))
         self.pasted_image, self.source_class, self.source_image = (
             nn.Buffer(torch.zeros(AHEAD, args.batch_size, dtype=torch.long)) for _ in range(3)
         )
@@ -454,14 +473,17 @@ class Bank(nn.Module):
         contains = self.contains & args.adaptive_cutmix  # none: any image
         self.source_image[row] = draw_images(contains, classes, where)
         if args.copy_paste:
-            draw = torch.rand(args.paste_draws, generator=generator, dtype=torch.float64)
-            drawn = draw_classes(paste_probability(confidence, self.pasteable), draw).unique()
-            classes = torch.tensor(self.pasteable)[drawn]
+            # As in the release, of two images per process, each pair has classes of its own.
+            size = (args.batch_size + 1) // 2, args.paste_draws
+            draw = torch.rand(size, generator=generator, dtype=torch.float64)
+            drawn = draw_classes(paste_probability(confidence, self.pasteable), draw)
+            classes = torch.tensor(self.pasteable)[drawn].repeat_interleave(2, 0)[: len(coin)]
             self.pasted_classes[row] = False
-            self.pasted_classes[row, classes] = True
+            self.pasted_classes[row].scatter_(1, classes, True)
             # DIFFERS (ael.md 9): an image that contains one of the classes, not any image.
             contains = self.labeled_classes & (not args.paste_any)  # none: any image
-            image = draw_images(contains, classes[(want * len(classes)).long()], which)
+            one = classes.gather(1, (want * args.paste_draws).long()[:, None])[:, 0]
+            image = draw_images(contains, one, which)
             self.pasted_image[row] = image.where(coin < 0.5, -1)
 
     def update(self, step: int, confidence: torch.Tensor, seen: torch.Tensor) -> None:
@@ -555,9 +577,11 @@ def ohem_cross_entropy(
 
 
 def supervised_loss(logits: torch.Tensor, label: torch.Tensor, kind: str) -> torch.Tensor:
-    """`ce` or `ohem` (0.7, 50,000 pixels per image of the local batch, as in the CPS release)."""
-    if kind == "ohem":
-        return ohem_cross_entropy(logits, label, 0.7, 50_000 * len(label))
+    """`ce`, or the mean of each pair's `ohem` (0.7, 100,000 pixels), on any number of processes."""
+    if kind == "ohem":  # as released, with a pair of labeled images per process
+        pairs = zip(logits.split(2), label.split(2), strict=True)
+        each = [ohem_cross_entropy(z, y, min_kept=50_000 * len(y)) * len(y) for z, y in pairs]
+        return torch.stack(each).sum() / len(label)
     return cross_entropy(logits, label)
 
 
@@ -628,16 +652,16 @@ def main(args: Args) -> dict:
             draw = torch.rand(args.batch_size, generator=generator)
             # DIFFERS (ael.md 13): one map for all images and classes, not one per class.
             uniform = to_device(torch.rand(2, 1, size, size, generator=generator), device)
-            mix_mask, draw, source_class = (
+            mix_mask, draw, source_class, pasted_classes = (
                 to_device(of_batch[first : first + n], device)
-                for of_batch in (boxes, draw, bank.source_class[row])
+                for of_batch in (boxes, draw, bank.source_class[row], bank.pasted_classes[row])
             )
-            if micro == 0:  # sums over the step's micro-batches
-                sums, seen = 0, torch.zeros(2, args.batch_size, len(data.classes), device=device)
+            if micro == 0:  # of the images of the step's micro-batches
+                size = (2, args.batch_size, len(data.classes))
+                sums, seen = torch.zeros(size, device=device), torch.zeros(size, device=device)
             if args.copy_paste:
                 image_p, label_p = next(batches_p)
-                classes = bank.pasted_classes[row].nonzero().flatten().tolist()
-                image_l, label_l = copy_paste(image_l, label_l, image_p, label_p, classes)
+                image_l, label_l = copy_paste(image_l, label_l, image_p, label_p, pasted_classes)
 
             with torch.no_grad(), autocast:
                 if args.labeled_consistency:
@@ -658,11 +682,13 @@ def main(args: Args) -> dict:
                 logits_l, logits_u = ddp(image_l), ddp(image_u)
             loss_sup = supervised_loss(logits_l, label_l, args.supervised_loss)
 
-            # DIFFERS (ael.md 6): over all processes, so that they have one bank.
-            new = over_processes(torch.stack(confidence_sums(logits_l, label_l)), world_size)
-            sums = sums + world_size * new
+            # DIFFERS (ael.md 6): the mean over all pairs, so that there is one bank.
+            own = torch.stack(confidence_sums(logits_l, label_l, per_image=True))
+            sums[:, first : first + n] = own
+            batch = world_size * over_processes(sums.clone(), world_size)
             momentum, absent = args.bank_momentum, args.bank_absent
-            running = update_confidence(bank.confidence, *sums, momentum, absent)
+            new = sums_over_pairs(*batch, absent)
+            running = update_confidence(bank.confidence, *new, momentum, absent)
             rate = sampling_rate(running)
             if not args.sampling:  # every pixel
                 rate, uniform = torch.ones_like(rate), torch.ones_like(uniform)

@@ -42,6 +42,7 @@ from ael import (
     region_masks,
     region_names,
     sampling_rate,
+    sums_over_pairs,
     update_confidence,
     update_teacher,
 )
@@ -121,6 +122,14 @@ def test_bank_by_hand():
     assert update_confidence(bank, sums, counts, 0.9).tolist() == pytest.approx([0.5125, 0.45])
     kept = update_confidence(bank, sums, counts, 0.9, "keep")
     assert kept.tolist() == pytest.approx([0.5125, 0.5])
+    with_both = torch.full((1, 2), 0.5), torch.full((1, 2), 2)
+    alone = torch.tensor([[0.75, 0.0]]), torch.tensor([[1, 0]])
+    nothing = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.long)
+    images = [torch.cat(x) for x in zip(with_both, with_both, alone, alone, nothing, strict=True)]
+    # Pairs of (0.25, 0.25) and (0.75, none); one without any label does not count.
+    for absent, number in (("zero", [2, 2]), ("keep", [2, 1])):
+        pairs = sums_over_pairs(*images, absent)
+        assert pairs[0].tolist() == [1.0, 0.25] and pairs[1].tolist() == number
     assert sampling_rate(torch.tensor([0.5, 0.0, 1.0])).tolist() == pytest.approx([0.5, 1, 0])
     assert sampling_rate(torch.tensor([0.5, 0.0]), 2.0).tolist() == pytest.approx([0.25, 1])
     assert sampling_rate(torch.ones(3)).tolist() == [0, 0, 0]
@@ -251,6 +260,9 @@ def test_copy_paste_by_hand():
     pasted, labels = copy_paste(image, label, torch.ones(2, 3, 1, 3), others, [2, 0])
     assert labels.tolist() == [[[0, 2, 2]], [[0, IGNORE, 2]]]
     assert pasted[:, 0].tolist() == [[[0, 1, 0]], [[0, 0, 0]]]
+    each = torch.tensor([[False, True, False], [False, False, True]])
+    _, labels = copy_paste(image, label, torch.ones(2, 3, 1, 3), others[:1].expand(2, 1, 3), each)
+    assert labels.tolist() == [[[1, IGNORE, 2]], [[0, 2, 2]]]
 
 
 def rectangle(box, height=40, width=40) -> torch.Tensor:
@@ -406,7 +418,7 @@ def test_main_takes_the_authors_steps(path, quick, monkeypatch):
             self.confidence = golden.tensor("step_bank0")[0]
             self.pasted_classes[:] = False
             for t, query in enumerate(golden["step_query"]):
-                self.pasted_classes[t, query[query >= 0]] = True
+                self.pasted_classes[t][:, query[query >= 0]] = True
                 self.source_class[t] = int(golden["step_bank_class"][t])
                 self.source_image[t] = torch.tensor([sources[t], 901])
 
@@ -438,6 +450,14 @@ def test_main_takes_the_authors_steps(path, quick, monkeypatch):
         ]
         wd, momentum = config["weight_decay"], config["momentum"]
         return torch.optim.SGD(groups, config["lr_backbone"], momentum, weight_decay=wd)
+
+    # Theirs mixes one image for two labeled ones: the pair's sums and classes in that one's place.
+    monkeypatch.setattr(ael, "confidence_sums", lambda *pair, **_: [
+        of_pair[None] for of_pair in confidence_sums(*pair)
+    ])  # fmt: skip
+    monkeypatch.setattr(ael, "copy_paste", lambda *images: copy_paste(
+        *images[:4], images[4].expand(2, -1)
+    ))  # fmt: skip
 
     def remember_presence(label, num_classes, share):
         counted.append(share)
@@ -622,11 +642,16 @@ def test_pasted_images_contain_a_drawn_class(quick):
         args = ael.resolve(quick(Args, batch_size=16, paste_draws=2, paste_any=paste_any))
         bank = Bank(args, index, 30, torch.device("cpu"))
         right = []
-        for images, classes in zip(bank.pasted_image, bank.pasted_classes, strict=True):
-            images, drawn = images[images >= 0].tolist(), classes.nonzero().flatten().tolist()
+        for image, classes in zip(
+            bank.pasted_image.flatten().tolist(), bank.pasted_classes.flatten(0, 1), strict=True
+        ):
+            drawn = classes.nonzero().flatten().tolist()
             assert 1 <= len(drawn) <= 2 and 0 not in drawn
-            right += [image in drawn for image in images]
+            right += [image in drawn] if image >= 0 else []
         assert all(right) != paste_any and any(right)
+        first, second = bank.pasted_classes.unflatten(1, (8, 2)).unbind(2)
+        assert torch.equal(first, second)  # of a pair
+        assert len(first[0].unique(dim=0)) > 4  # of the pairs of a step
     rare = index.clone()
     rare[:, 3] = False  # no image has it: it is never drawn
     assert Bank(args, rare, 30, torch.device("cpu")).pasteable == [1, 2, 4, 5, 6, 7]
