@@ -39,7 +39,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.models.resnet import Bottleneck, ResNet
 from tqdm import tqdm
 
-from common import UserError, claim, explain
+from common import UserError, claim, explain, written_whole
 from common.datasets import (
     IGNORE,
     MicroBatches,
@@ -739,8 +739,8 @@ class Run:
         env = {"command": sys.argv, "torch": torch.__version__, "threads": torch.get_num_threads()}
         env |= {"gpu": gpu, "commit": None if failed else commit}
         for name, content in (("env.json", env), ("args.json", self.args)):
-            (self.folder / f"{name}.part").write_text(json.dumps(content, indent=1))
-            os.replace(self.folder / f"{name}.part", self.folder / name)
+            with written_whole(self.folder / name) as file:
+                file.write(json.dumps(content, indent=1).encode())
         how = f"from step {step}; stop it at any time, the same command continues"
         what = (self.folder, self.args["split_identity"], json.dumps(self.args), how)
         print(*what, sep="\n", flush=True)
@@ -770,17 +770,13 @@ class Run:
             tqdm.write("  ".join([f"step {step}", *shown]), file=sys.stderr)
 
     def save(self, name: str, step: int, saved: dict, evaluated: str, unscored=None) -> None:
-        """Write atomically: whenever process or machine die, the file is whole, old or new."""
+        """Write a checkpoint: the networks to continue from, or the one with the best mIoU."""
         if self.rank == 0:
             state = {"meta": self.meta, "log_bytes": self.rows.tell(), "step": step}
             state |= {"miou": self.miou, "best_miou": self.best_miou, "evaluated": evaluated}
             state |= {"unscored": unscored} | {k: thing.state_dict() for k, thing in saved.items()}
-            part = self.folder / f"{name}.part"
-            with part.open("wb") as file:
+            with written_whole(self.folder / name) as file:
                 torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.folder / name)
 
     def close(self, result: str) -> None:
         if self.rank == 0:

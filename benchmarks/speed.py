@@ -1,8 +1,12 @@
 """Step time against the floor, loader throughput and peak memory of every script.
 
     python benchmarks/speed.py                                   # CPU, resnet14, shapes-size crops
-    python benchmarks/speed.py --device cuda --backbone resnet50 --crop-size 512 --amp bf16
-    python benchmarks/speed.py --table                # results/speed.jsonl -> docs/results.md
+    python benchmarks/speed.py --device cuda --paper --num-workers 4 \\
+        --dataset camvid --out benchmarks/results/speed_gpu.jsonl
+    python benchmarks/speed.py --table                # results/speed*.jsonl -> docs/results.md
+
+With `--paper` each script has resnet50 (DINOv2-S) and the batch and crop of its VOC row, in bf16,
+in bf16 compiled and in fp32; the table then says what a run of the paper costs on that card.
 
 The floor of a script is its forwards, losses, backward, optimizer step and EMA on tensors that are
 already in memory. Blocks of the script's own loop (`main`, with its loading, logging and
@@ -11,8 +15,10 @@ checks) and blocks of the floor alternate in one process; the ratio of the media
 
 import argparse
 import importlib
+import itertools
 import json
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -21,9 +27,13 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+MODES = {  # of --paper
+    "bf16": ["--amp", "bf16"], "compiled": ["--amp", "bf16", "--compile"], "off": ["--amp", "off"],
+}  # fmt: skip
 BLOCK, SKIPPED = 12, 3  # steps per block, and those at its start that a full prefetch queue helps
 
 
@@ -453,15 +463,21 @@ def measure(name: str, flags, blocks: int) -> dict:
     device = torch.device(flags.device)
     of_vit = {"resnet14": "vit_tiny", "resnet50": "dinov2_small"}
     backbone = of_vit[flags.backbone] if name == "unimatch_v2" else flags.backbone
+    voc = script.PAPER["voc"]
+    crop_size = voc["crop_size"] if flags.paper else flags.crop_size
+    batch_size = voc["batch_size"] if flags.paper else flags.batch_size
     with tempfile.TemporaryDirectory() as folder:
         args = script.Args(
             dataset=flags.dataset, data_root=flags.data_root, backbone=backbone,
             weights="none", device=flags.device, amp=flags.amp, compile=flags.compile,
-            crop_size=flags.crop_size, batch_size=flags.batch_size, split=flags.split,
+            crop_size=crop_size, batch_size=batch_size, split=flags.split,
             steps=blocks * BLOCK + 1, log_every=BLOCK, eval_every=10**9, save_every=10**9,
             num_workers=flags.num_workers, output_dir=folder,
         )  # fmt: skip
         step_of_floor = FLOORS[name](Floor(script, script.resolve(args), flags.classes, device))
+        with FlopCounterMode(display=False) as counter:
+            if not flags.compile:  # the counter sees no compiled network
+                step_of_floor()
 
         def floor_step() -> float:
             synchronize(device)
@@ -495,7 +511,10 @@ def measure(name: str, flags, blocks: int) -> dict:
     ratios = [s / f for s, f in zip(times["script"], times["floor"], strict=False)]
     spread = statistics.stdev(ratios) / len(ratios) ** 0.5
     result = {
-        "script": name, "step_s": seconds["script"], "floor_s": seconds["floor"],
+        "script": name, "backbone": backbone, "crop_size": crop_size, "batch_size": batch_size,
+        "voc_steps": script.resolve(script.Args(dataset="voc")).steps,
+        "tflop": counter.get_total_flops() / 1e12 or None,
+        "step_s": seconds["script"], "floor_s": seconds["floor"],
         "ratio": seconds["script"] / seconds["floor"], "ratio_standard_error": spread,
         "blocks": len(ratios), "steps_per_block": BLOCK - SKIPPED,
     }  # fmt: skip
@@ -527,6 +546,42 @@ def loader(data_root: str, crop_size: int, seconds: float) -> dict:
     return {"loader": "camvid", "crop_size": crop_size, "images_per_s_per_worker": rates}
 
 
+def cost_table() -> str:
+    """Markdown: what a run of the paper on VOC costs on one GPU, by the latest row of each mode."""
+    path = ROOT / "benchmarks" / "results" / "speed_gpu.jsonl"
+    if not path.exists():
+        command = __doc__.split("\n    ")[2:4]
+        return "\n".join(["Not measured yet:", "", "```bash", *command, "```"])
+    rows = {}
+    for row in map(json.loads, path.read_text().splitlines()):
+        mode = "compiled" if row["flags"]["compile"] else row["flags"]["amp"]
+        rows.setdefault(row["script"], {})[mode] = row
+    lines = [
+        "| script | crop, batch | bf16 | compiled | fp32 | step / floor | TFLOP/s | memory | "
+        "steps | hours |",
+        "|---" * 10 + "|",
+    ]
+    for name in (name for name in FLOORS if "bf16" in rows.get(name, {})):
+        modes, row = rows[name], rows[name]["bf16"]
+        times = [f"{1e3 * modes[m]['step_s']:.0f} ms" if m in modes else "" for m in MODES]
+        best = min(modes[m]["step_s"] for m in ("bf16", "compiled") if m in modes)
+        lines.append(
+            f"| `{name}.py` | {row['crop_size']}, {row['batch_size']} | {' | '.join(times)} | "
+            f"{row['ratio']:.3f} ± {row['ratio_standard_error']:.3f} | "
+            f"{row['tflop'] / row['step_s']:.0f} | {row['peak_memory_gb']:.1f} GB | "
+            f"{row['voc_steps']:,} | {best * row['voc_steps'] / 3600:.1f} |"
+        )
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in (m["bf16"] for m in rows.values())))
+    lines += [
+        "",
+        f"{row['machine']}, torch {row['torch']}, commit {commits}. ResNet-50 (UniMatch V2: "
+        "DINOv2-S); step / floor, TFLOP/s and memory (with the floor's networks) in bf16; hours: "
+        "the VOC 1/8 row's steps at the faster of bf16 and compiled, without evaluations. Papers "
+        "with ResNet-101 take longer.",
+    ]
+    return "\n".join(lines)
+
+
 def table() -> str:
     """Markdown: the latest row of every script, and of the loader."""
     path = ROOT / "benchmarks" / "results" / "speed.jsonl"
@@ -556,11 +611,12 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def write_table() -> None:
+def write_tables() -> None:
     path = ROOT / "docs" / "results.md"
-    begin, end = "<!-- speed table -->", "<!-- end of speed table -->"
-    before, rest = path.read_text().split(begin)
-    path.write_text(f"{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}")
+    for name, text in (("speed table", table()), ("cost table", cost_table())):
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, rest = path.read_text().split(begin)
+        path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
@@ -571,24 +627,29 @@ def main() -> None:
     parser.add_argument("--split", default="1/8")
     parser.add_argument("--classes", type=int, default=11, help="of the floor's networks")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--backbone", default="resnet14")
+    parser.add_argument("--backbone", default=None, help="resnet14; with --paper resnet50")
     parser.add_argument("--crop-size", type=int, default=160)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--num-workers", type=int, default=0)
-    parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
+    parser.add_argument("--amp", default=None, choices=["off", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--paper", action="store_true", help="crop and batch of VOC, all modes")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--loader", action="store_true", help="measure the CamVid loader instead")
     parser.add_argument("--out", default=None, help="append the rows to this .jsonl file")
     parser.add_argument("--table", action="store_true", help="write the table into docs/results.md")
     flags = parser.parse_args()
     if flags.table:
-        return write_table()
-    if len(flags.scripts) > 1 and not flags.loader:  # each in a process of its own, for its memory
-        for name in flags.scripts:
-            command = [sys.executable, __file__, *sys.argv[1:], "--scripts", name]
-            subprocess.run(command, check=True)
-        return
+        return write_tables()
+    flags.backbone = flags.backbone or ("resnet50" if flags.paper else "resnet14")
+    modes = MODES.values() if flags.paper and not flags.amp else [["--amp", flags.amp or "off"]]
+    if len(flags.scripts) * len(modes) > 1 and not flags.loader:
+        failed = []  # each in a process of its own, for its memory
+        for name, mode in itertools.product(flags.scripts, modes):
+            command = [sys.executable, __file__, *sys.argv[1:], "--scripts", name, *mode]
+            failed += [f"{name} {shlex.join(mode)}"] if subprocess.run(command).returncode else []
+        raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)
+    flags.amp = flags.amp or "off"
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,6 +1,9 @@
 """Data and evaluation helpers shared by all scripts."""
 
 import errno
+import os
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -23,6 +26,17 @@ def claim(file) -> None:
         raise UserError(f"{file.name}: another run writes here; use another --exp-name") from None
     except OSError:  # a network file system without locks
         pass
+
+
+@contextmanager
+def written_whole(path: Path):
+    """A file to write to that takes its place at the end: whatever dies, it is old or new."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def explain(error: Exception) -> str | None:

@@ -357,8 +357,8 @@ def test_stopped_while_it_writes_or_saves(where, quick, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(StopError):
         if where == "write":  # 8 images a step, two steps a checkpoint
             patch.setattr(PredictionBank, "seek", stop_at(PredictionBank.seek, 85))
-        else:  # of last.pt the second; before, fsync: bank, last, bank; replace: args, env, last
-            count = 4
+        else:  # of the second last.pt; before it env, args and last, and to fsync the bank twice
+            count = {"fsync": 6, "replace": 4}[where]
             patch.setattr(os, where, stop_at(getattr(os, where), count))
         main(args)
     (folder,) = Path(args.output_dir).glob("*__temporal_ensembling__*")
