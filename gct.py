@@ -46,6 +46,7 @@ from common.datasets import (
     Samples,
     StreamSampler,
     open_data,
+    open_dataset,
     stream_seed,
 )
 from common.evaluation import Protocol, pixel_accuracy, side_by_side, validate
@@ -117,7 +118,7 @@ class Args:
 # DIFFERS (gct.md 5): Adam is blind to that factor: the detector's rate is the released 4 x 1e-4.
 # DIFFERS (gct.md 6): a ramp of three of the CPS paper's epochs, as released, on Cityscapes, too.
 # camvid and shapes ramp for longer, since their networks start from scratch, and have 3 % of the
-# weights that a pixel has on VOC (100 / 21 and 1).
+# weights that a pixel has on VOC (100 / 21 and 1); folder has all of them.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -147,8 +148,9 @@ PAPER = {
 }  # fmt: skip
 PAPER["shapes"] = PAPER["camvid"] | dict(split="20", batch_size=16, crop_size=48, lambda_dc=1.14)
 PAPER["folder"] = PAPER["voc"] | dict(
-    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680
-)
+    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680,
+    lambda_dc=lambda args: 100 / 21 * len(open_dataset("folder", args.data_root).classes),
+)  # fmt: skip
 
 
 # === method ===

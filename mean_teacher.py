@@ -45,6 +45,7 @@ from common.datasets import (
     Samples,
     StreamSampler,
     open_data,
+    open_dataset,
     step_generator,
     stream_seed,
 )
@@ -111,7 +112,8 @@ class Args:
 # is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 # DIFFERS (mean_teacher.md 3): camvid and shapes ramp the consistency in, since their networks start
-# from scratch, with the weight per pixel of VOC (100 / 21), and their teachers remember 10 steps.
+# from scratch, and their teachers remember 10 steps. All but Cityscapes weigh a pixel as VOC does:
+# 100 / 21 for each class, over which the loss is a mean.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -133,8 +135,9 @@ PAPER = {
 }  # fmt: skip
 PAPER["shapes"] = PAPER["camvid"] | dict(split="20", batch_size=16, crop_size=48, lambda_u=38.0)
 PAPER["folder"] = PAPER["voc"] | dict(
-    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680
-)
+    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680,
+    lambda_u=lambda args: 100 / 21 * len(open_dataset("folder", args.data_root).classes),
+)  # fmt: skip
 
 
 # === method ===

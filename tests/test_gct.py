@@ -12,6 +12,7 @@ from conftest import (
     read_log,
     weights,
 )
+from test_cli import make_folder
 from test_supervised import freeze_batchnorm
 from torch import nn
 
@@ -610,5 +611,12 @@ def test_paper_rows():
             args = gct.resolve(Args(dataset=dataset, split=split))
             assert args.ramp_up * args.steps == pytest.approx(3 * epoch, rel=1e-9)
     assert PAPER["shapes"]["ramp_up"] == PAPER["camvid"]["ramp_up"] == 0.4
-    folder = gct.resolve(Args(dataset="folder", backbone="resnet14", weights="none", crop_size=32))
-    assert folder.detector_stages == 1 and folder.ramp_up == pytest.approx(3 / 34)
+
+
+def test_own_data_has_the_weight_per_pixel_of_voc(tmp_path):
+    """One loss is a mean over the classes, 21 on VOC. What the user says is not rescaled."""
+    flags = {"dataset": "folder", "data_root": str(make_folder(tmp_path)), "crop_size": 32}
+    args = gct.resolve(Args(**flags))
+    assert args.lambda_dc == pytest.approx(100 * 2 / 21) and args.lambda_fc == 1  # two classes
+    assert args.detector_stages == 1 and args.ramp_up == pytest.approx(3 / 34)
+    assert gct.resolve(Args(**flags, lambda_dc=7.0)).lambda_dc == 7
