@@ -348,6 +348,17 @@ def correlation(flaw_map: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return ((a * b).mean(1) / (a.square().mean(1) * b.square().mean(1)).sqrt().add(1e-9)).mean()
 
 
+def choice_accuracy(pseudo_label, target_label, label: torch.Tensor) -> torch.Tensor:
+    """How often the right network teaches the other, where one alone is right and one teaches.
+
+    pseudo_label, target_label: classes (B, H, W) of both networks and of their targets
+    """
+    one_is_right = (pseudo_label[0] == label) != (pseudo_label[1] == label)
+    one_teaches = target_label[0] == target_label[1]  # otherwise each keeps its own
+    label = label.where(one_is_right & one_teaches, IGNORE)
+    return pixel_accuracy(target_label[0], label)
+
+
 # === schedules (copied) ===
 def ramp_up(step: int, ramp_up_steps: float) -> float:
     """exp(-5 (1 - t)^2) with t = step / ramp_up_steps; 1 from `ramp_up_steps` on."""
@@ -497,7 +508,10 @@ def main(args: Args) -> dict:
             logs["pseudo/flaw"] = sum(each.mean() for each in handled_maps) / 2
             logs["pseudo/flaw_correlation"] = sum(correlation(*pair) for pair in pairs) / 2
             if args.log_pseudo_accuracy:
-                logs["pseudo/accuracy"] = pixel_accuracy(targets[0][n:].argmax(1), label_u)
+                taught_u = [target[n:].argmax(1) for target in targets]
+                logs["pseudo/accuracy"] = pixel_accuracy(taught_u[0], label_u)
+                own_u = [each[n:] for each in pseudo_label]
+                logs["pseudo/choice"] = choice_accuracy(own_u, taught_u, label_u)
             shown = [each[n:, 0].clamp(0, 1) for each in handled_maps]
             maps = [pseudo_label[0][n:], shown[0], pseudo_label[1][n:], shown[1], targets[0][n:]]
             pictures = {

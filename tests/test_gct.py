@@ -503,6 +503,21 @@ def test_it_trains(quick):
     assert all(row["pseudo/taught_1"] + row["pseudo/taught_2"] <= 1 for row in rows)
     assert rows[-1]["pseudo/flaw_correlation"] > rows[0]["pseudo/flaw_correlation"]
     assert 0 < rows[-1]["pseudo/accuracy"] <= 1
+    assert all(0 < row["pseudo/choice"] < 1 for row in rows[-20:])
+
+
+def test_choice_accuracy_by_hand():
+    """Pixels: 1 right and chosen; 1 right, 2 chosen (twice); 2 right and chosen; both right; both
+    wrong; 1 right, each keeps its own (a tie); no label (twice)."""
+    label = torch.tensor([3, 3, 3, 3, 3, 3, 3, 254, 255]).view(1, 1, 9)
+    class_1 = torch.tensor([3, 3, 3, 1, 3, 1, 3, 3, 3]).view(1, 1, 9)
+    class_2 = torch.tensor([1, 1, 1, 3, 3, 2, 1, 1, 1]).view(1, 1, 9)
+    flaw_1 = torch.tensor([0.1, 0.4, 0.9, 0.2, 0.1, 0.1, 0.2, 0.1, 0.1]).view(1, 1, 1, 9)
+    flaw_2 = torch.tensor([0.2, 0.3, 0.1, 0.1, 0.2, 0.2, 0.2, 0.2, 0.2]).view(1, 1, 1, 9)
+    probs = [F.one_hot(each, 4).permute(0, 3, 1, 2).float() for each in (class_1, class_2)]
+    targets = [target.argmax(1) for target in dynamic_targets(*probs, flaw_1, flaw_2)[:2]]
+    assert gct.choice_accuracy([class_1, class_2], targets, label).item() == 2 / 4
+    assert gct.choice_accuracy([class_1, class_1], targets, label) == 0  # nothing to choose
 
 
 def test_correlation_by_hand():
