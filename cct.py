@@ -122,7 +122,7 @@ class Args:
 # DIFFERS (cct.md 1): the supervised loss is that of the other scripts, not abce.
 # DIFFERS (cct.md 4): two decoders of each kind (`Args.decoders`), not 2, 6, 6, 2, 2, 6, 6.
 # DIFFERS (cct.md 8): camvid and shapes ramp the consistency in longer, since their networks start
-# from scratch. All but Cityscapes have VOC's weight per pixel: 30 / 21 for each class of the mean.
+# from scratch. They and folder have VOC's weight per pixel.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,

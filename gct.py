@@ -355,8 +355,7 @@ def choice_accuracy(pseudo_label, target_label, label: torch.Tensor) -> torch.Te
     """
     one_is_right = (pseudo_label[0] == label) != (pseudo_label[1] == label)
     one_teaches = target_label[0] == target_label[1]  # otherwise each keeps its own
-    label = label.where(one_is_right & one_teaches, IGNORE)
-    return pixel_accuracy(target_label[0], label)
+    return pixel_accuracy(target_label[0], label.where(one_is_right & one_teaches, IGNORE))
 
 
 # === schedules (copied) ===

@@ -112,8 +112,7 @@ class Args:
 # is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 # DIFFERS (mean_teacher.md 3): camvid and shapes ramp the consistency in, since their networks start
-# from scratch, and their teachers remember 10 steps. All but Cityscapes weigh a pixel as VOC does:
-# 100 / 21 for each class, over which the loss is a mean.
+# from scratch, and their teachers remember 10 steps. They and folder have VOC's weight per pixel.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
