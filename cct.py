@@ -40,7 +40,15 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from tqdm import tqdm
 
 from common import UserError, claim, explain, written_whole
-from common.datasets import IGNORE, MicroBatches, Samples, StreamSampler, open_data, stream_seed
+from common.datasets import (
+    IGNORE,
+    MicroBatches,
+    Samples,
+    StreamSampler,
+    open_data,
+    open_dataset,
+    stream_seed,
+)
 from common.evaluation import Protocol, pixel_accuracy, side_by_side, validate
 from common.files import load_weights, read_weights
 from common.transforms import MEAN, STD, WeakView, normalize
@@ -114,7 +122,7 @@ class Args:
 # DIFFERS (cct.md 1): the supervised loss is that of the other scripts, not abce.
 # DIFFERS (cct.md 4): two decoders of each kind (`Args.decoders`), not 2, 6, 6, 2, 2, 6, 6.
 # DIFFERS (cct.md 8): camvid and shapes ramp the consistency in longer, since their networks start
-# from scratch, with the weight per pixel of VOC (30 / 21).
+# from scratch. They and folder have VOC's weight per pixel.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -136,8 +144,9 @@ PAPER = {
 }  # fmt: skip
 PAPER["shapes"] = PAPER["camvid"] | dict(split="20", batch_size=16, crop_size=48, lambda_u=11.4)
 PAPER["folder"] = PAPER["voc"] | dict(
-    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680
-)
+    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680,
+    lambda_u=lambda args: 30 / 21 * len(open_dataset("folder", args.data_root).classes),
+)  # fmt: skip
 
 
 # === method ===
@@ -961,8 +970,6 @@ class Run:
         how = f"from step {step}; stop it at any time, the same command continues"
         what = (self.folder, self.args["split_identity"], json.dumps(self.args), how)
         print(*what, sep="\n", flush=True)
-        if self.args["supervised_loss"] == "ohem" and self.args["crop_size"] ** 2 <= 50_000:
-            print("note: ohem keeps 50,000 pixels an image, which is all of so small a crop")
 
     def report(self, step: int, row: dict, pictures: dict, saved, evaluated, save_now) -> None:
         """Log a row, keep the network with the best mIoU so far, and save where it is time."""

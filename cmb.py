@@ -799,11 +799,13 @@ def main(args: Args) -> dict:
             part = rank * args.accumulate + micro  # this micro-batch in the global batch
             span_l, span_u = (args.batch_size, part * n, n), (args_u.batch_size, part * n_u, n_u)
             # DIFFERS (cmb.md 10): the teacher sees the last one too, unless it is the first again.
-            image_u = image_u[: args_u.batch_size]
+            image_u, label_u = image_u[: args_u.batch_size], label_u[: args_u.batch_size]
             with torch.no_grad(), autocast:
                 # DIFFERS (cmb.md 2): the teacher sees the weak view of all scripts.
                 prob = full_precision(teacher(image_u)[0]).softmax(1)
-            confidence, pseudo_label = prob.max(1)  # padding has them, too
+            confidence, pseudo_label = prob.max(1)
+            # DIFFERS (cmb.md 2): none in the padding: an unlabeled label is 255 there alone.
+            pseudo_label = pseudo_label.where(label_u != IGNORE, IGNORE)
             started = step >= ramp_steps
             class_weight = None
             if args.class_balance:
@@ -1203,8 +1205,6 @@ class Run:
         how = f"from step {step}; stop it at any time, the same command continues"
         what = (self.folder, self.args["split_identity"], json.dumps(self.args), how)
         print(*what, sep="\n", flush=True)
-        if self.args["supervised_loss"] == "ohem" and self.args["crop_size"] ** 2 <= 50_000:
-            print("note: ohem keeps 50,000 pixels an image, which is all of so small a crop")
 
     def report(self, step: int, row: dict, pictures: dict, saved, evaluated, save_now) -> None:
         """Log a row, keep the network with the best mIoU so far, and save where it is time."""

@@ -694,8 +694,6 @@ class Run:
         how = f"from step {step}; stop it at any time, the same command continues"
         what = (self.folder, self.args["split_identity"], json.dumps(self.args), how)
         print(*what, sep="\n", flush=True)
-        if self.args["supervised_loss"] == "ohem" and self.args["crop_size"] ** 2 <= 50_000:
-            print("note: ohem keeps 50,000 pixels an image, which is all of so small a crop")
 
     def report(self, step: int, row: dict, pictures: dict, saved, evaluated, save_now) -> None:
         """Log a row, keep the network with the best mIoU so far, and save where it is time."""

@@ -46,6 +46,7 @@ from common.datasets import (
     Samples,
     StreamSampler,
     open_data,
+    open_dataset,
     stream_seed,
 )
 from common.evaluation import Protocol, pixel_accuracy, side_by_side, validate
@@ -117,7 +118,7 @@ class Args:
 # DIFFERS (gct.md 5): Adam is blind to that factor: the detector's rate is the released 4 x 1e-4.
 # DIFFERS (gct.md 6): a ramp of three of the CPS paper's epochs, as released, on Cityscapes, too.
 # camvid and shapes ramp for longer, since their networks start from scratch, and have 3 % of the
-# weights that a pixel has on VOC (100 / 21 and 1).
+# weights that a pixel has on VOC (100 / 21 and 1); folder has all of them.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -147,8 +148,9 @@ PAPER = {
 }  # fmt: skip
 PAPER["shapes"] = PAPER["camvid"] | dict(split="20", batch_size=16, crop_size=48, lambda_dc=1.14)
 PAPER["folder"] = PAPER["voc"] | dict(
-    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680
-)
+    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680,
+    lambda_dc=lambda args: 100 / 21 * len(open_dataset("folder", args.data_root).classes),
+)  # fmt: skip
 
 
 # === method ===
@@ -346,6 +348,16 @@ def correlation(flaw_map: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return ((a * b).mean(1) / (a.square().mean(1) * b.square().mean(1)).sqrt().add(1e-9)).mean()
 
 
+def choice_accuracy(pseudo_label, target_label, label: torch.Tensor) -> torch.Tensor:
+    """How often the right network teaches the other, where one alone is right and one teaches.
+
+    pseudo_label, target_label: classes (B, H, W) of both networks and of their targets
+    """
+    one_is_right = (pseudo_label[0] == label) != (pseudo_label[1] == label)
+    one_teaches = target_label[0] == target_label[1]  # otherwise each keeps its own
+    return pixel_accuracy(target_label[0], label.where(one_is_right & one_teaches, IGNORE))
+
+
 # === schedules (copied) ===
 def ramp_up(step: int, ramp_up_steps: float) -> float:
     """exp(-5 (1 - t)^2) with t = step / ramp_up_steps; 1 from `ramp_up_steps` on."""
@@ -496,7 +508,10 @@ def main(args: Args) -> dict:
             logs["pseudo/flaw"] = sum(each.mean() for each in handled_maps) / 2
             logs["pseudo/flaw_correlation"] = sum(correlation(*pair) for pair in pairs) / 2
             if args.log_pseudo_accuracy:
-                logs["pseudo/accuracy"] = pixel_accuracy(targets[0][n:].argmax(1), label_u)
+                taught_u = [target[n:].argmax(1) for target in targets]
+                logs["pseudo/accuracy"] = pixel_accuracy(taught_u[0], label_u)
+                own_u = [each[n:] for each in pseudo_label]
+                logs["pseudo/choice"] = choice_accuracy(own_u, taught_u, label_u)
             shown = [each[n:, 0].clamp(0, 1) for each in handled_maps]
             maps = [pseudo_label[0][n:], shown[0], pseudo_label[1][n:], shown[1], targets[0][n:]]
             pictures = {
@@ -844,8 +859,6 @@ class Run:
         how = f"from step {step}; stop it at any time, the same command continues"
         what = (self.folder, self.args["split_identity"], json.dumps(self.args), how)
         print(*what, sep="\n", flush=True)
-        if self.args["supervised_loss"] == "ohem" and self.args["crop_size"] ** 2 <= 50_000:
-            print("note: ohem keeps 50,000 pixels an image, which is all of so small a crop")
 
     def report(self, step: int, row: dict, pictures: dict, saved, evaluated, save_now) -> None:
         """Log a row, keep the network with the best mIoU so far, and save where it is time."""

@@ -45,6 +45,7 @@ from common.datasets import (
     Samples,
     StreamSampler,
     open_data,
+    open_dataset,
     step_generator,
     stream_seed,
 )
@@ -111,7 +112,7 @@ class Args:
 # is a function of them.
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 # DIFFERS (mean_teacher.md 3): camvid and shapes ramp the consistency in, since their networks start
-# from scratch, with the weight per pixel of VOC (100 / 21), and their teachers remember 10 steps.
+# from scratch, and their teachers remember 10 steps. They and folder have VOC's weight per pixel.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -133,8 +134,9 @@ PAPER = {
 }  # fmt: skip
 PAPER["shapes"] = PAPER["camvid"] | dict(split="20", batch_size=16, crop_size=48, lambda_u=38.0)
 PAPER["folder"] = PAPER["voc"] | dict(
-    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680
-)
+    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680,
+    lambda_u=lambda args: 100 / 21 * len(open_dataset("folder", args.data_root).classes),
+)  # fmt: skip
 
 
 # === method ===
@@ -661,8 +663,6 @@ class Run:
         how = f"from step {step}; stop it at any time, the same command continues"
         what = (self.folder, self.args["split_identity"], json.dumps(self.args), how)
         print(*what, sep="\n", flush=True)
-        if self.args["supervised_loss"] == "ohem" and self.args["crop_size"] ** 2 <= 50_000:
-            print("note: ohem keeps 50,000 pixels an image, which is all of so small a crop")
 
     def report(self, step: int, row: dict, pictures: dict, saved, evaluated, save_now) -> None:
         """Log a row, keep the network with the best mIoU so far, and save where it is time."""

@@ -44,6 +44,7 @@ from common.datasets import (
     StreamSampler,
     global_batch,
     open_data,
+    open_dataset,
     step_generator,
     stream_seed,
 )
@@ -114,7 +115,7 @@ class Args:
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 # DIFFERS (temporal_ensembling.md 3): w without the share of labeled images.
 # DIFFERS (pi_model.md 6): SGD and poly schedule, not Adam with ramps of lr and beta_1.
-# DIFFERS (temporal_ensembling.md 10): camvid and shapes have VOC's weight per pixel, 30 / 21.
+# DIFFERS (temporal_ensembling.md 10): camvid, shapes and folder have VOC's weight per pixel, 30 / 21.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,
@@ -138,8 +139,9 @@ PAPER["shapes"] = PAPER["camvid"] | dict(
     split="20", batch_size=16, crop_size=48, lambda_u=11.0, canvas=(16, 16)
 )
 PAPER["folder"] = PAPER["voc"] | dict(
-    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680
-)
+    split=lambda args: f"{args.data_root}/labeled.txt", steps=39_680,
+    lambda_u=lambda args: 30 / 21 * len(open_dataset("folder", args.data_root).classes),
+)  # fmt: skip
 
 
 # === method ===
@@ -836,8 +838,6 @@ class Run:
         how = f"from step {step}; stop it at any time, the same command continues"
         what = (self.folder, self.args["split_identity"], json.dumps(self.args), how)
         print(*what, sep="\n", flush=True)
-        if self.args["supervised_loss"] == "ohem" and self.args["crop_size"] ** 2 <= 50_000:
-            print("note: ohem keeps 50,000 pixels an image, which is all of so small a crop")
 
     def report(self, step: int, row: dict, pictures: dict, saved, evaluated, save_now) -> None:
         """Log a row, keep the network with the best mIoU so far, and save where it is time."""

@@ -4,7 +4,7 @@
     python benchmarks/quality.py shapes --workers 1       # run them, one at a time; resumable
     python benchmarks/quality.py shapes --rows cps --workers 1 --log-pseudo-accuracy
     python benchmarks/quality.py ablation --workers 1     # AEL on shapes without its parts
-    python benchmarks/quality.py weights --workers 1      # GCT on shapes with smaller weights
+    python benchmarks/quality.py weights --workers 1      # GCT on shapes with other weights
     python benchmarks/quality.py shapes --table           # results/shapes.jsonl -> README.md
     python benchmarks/quality.py camvid --table           # results/camvid.jsonl -> docs/results.md
 
@@ -65,11 +65,11 @@ ABLATION = {
     "none": (), "DR": ("DR",), "AES": ("AES",), "ACM": ("ACM",), "ACP": ("ACP",),
     "DR AES": ("DR", "AES"), "DR AES ACM": ("DR", "AES", "ACM"), "all": tuple(PARTS),
 }  # fmt: skip
-# Of GCT's two unsupervised losses, as multiples of VOC's weight per pixel.
+# Of GCT's two unsupervised losses, as multiples of VOC's weights per pixel: (dc, fc).
 WEIGHTS = {
-    f"x {share:g}": ["--lambda-dc", f"{38 * share:g}", "--lambda-fc", f"{share:g}"]
-    for share in (1, 0.3, 0.1, 0.03)
-}
+    "x 1": (1, 1), "x 0.3": (0.3, 0.3), "x 0.1": (0.1, 0.1), "x 0.03": (0.03, 0.03),
+    "x 1, lambda_fc 0": (1, 0), "x 0.1, lambda_fc 0": (0.1, 0),
+}  # fmt: skip
 
 
 def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
@@ -79,8 +79,10 @@ def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
         rows = [(row, "ael", split, without(parts)) for row, parts in ABLATION.items()]
     elif dataset == "weights":
         rows = [("labels only", "supervised", split, [])]
-        for row, flags in WEIGHTS.items():
-            rows.append((row, "gct", split, [*flags, "--exp-name", f"gct-{flags[-1]}"]))
+        for row, (dc, fc) in WEIGHTS.items():
+            flags = ["--lambda-dc", f"{38 * dc:g}", "--lambda-fc", f"{fc:g}"]
+            name = f"gct-{dc:g}" if fc else f"gct-{dc:g}-fc-0"
+            rows.append((row, "gct", split, [*flags, "--exp-name", name]))
     else:
         rows = [("labels only", "supervised", split, [])]
         rows += [(name, name, split, []) for name in SCRIPTS if name not in APART]

@@ -39,5 +39,20 @@ def test_a_run_becomes_a_row(quick):
     assert row["device"] == "cpu" and row["threads"] == torch.get_num_threads()
 
 
+def test_weights_of_gct():
+    """Both losses by one factor, or dynamic consistency alone; each row has a directory."""
+    rows = {e["row"]: e["flags"] for e in quality.experiments("weights", 1, [])}
+    given = {row: dict(zip(flags[::2], flags[1::2], strict=True)) for row, flags in rows.items()}
+    expected = {
+        "labels only": (None, None), "x 1": ("38", "1"), "x 0.3": ("11.4", "0.3"),
+        "x 0.1": ("3.8", "0.1"), "x 0.03": ("1.14", "0.03"), "x 1, lambda_fc 0": ("38", "0"),
+        "x 0.1, lambda_fc 0": ("3.8", "0"),
+    }  # fmt: skip
+    assert {
+        row: (flags.get("--lambda-dc"), flags.get("--lambda-fc")) for row, flags in given.items()
+    } == expected
+    assert len({flags.get("--exp-name") for flags in given.values()}) == len(given)
+
+
 def test_every_script_is_in_the_tables():
     assert {"supervised", *quality.SCRIPTS} == set(SCRIPTS) == set(speed.FLOORS)

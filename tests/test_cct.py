@@ -19,6 +19,7 @@ from conftest import (
     weights,
 )
 from scipy import ndimage
+from test_cli import make_folder
 from test_supervised import freeze_batchnorm
 from torch import nn
 
@@ -763,7 +764,7 @@ def test_bad_flags(quick, flags):
 
 
 def test_paper_rows():
-    for dataset in ("voc", "folder", "cityscapes"):
+    for dataset in ("voc", "cityscapes"):
         args = resolve(Args(dataset=dataset))
         assert (args.lambda_u, args.ramp_up, args.lr) == (30.0, 0.1, 0.0025)
         assert args.decoders == (2,) * 7
@@ -771,3 +772,10 @@ def test_paper_rows():
     for dataset in ("camvid", "shapes"):
         row = PAPER[dataset]
         assert (row["lr"], row["steps"], row["ramp_up"]) == (1e-3, 1_000, 0.4)
+
+
+def test_own_data_has_the_weight_per_pixel_of_voc(tmp_path):
+    """The loss is a mean over the classes, 21 on VOC. What the user says is not rescaled."""
+    flags = {"dataset": "folder", "data_root": str(make_folder(tmp_path))}  # of two classes
+    assert resolve(Args(**flags)).lambda_u == pytest.approx(30 * 2 / 21)
+    assert resolve(Args(**flags, lambda_u=7.0)).lambda_u == 7

@@ -234,12 +234,6 @@ def test_variables_left_over_from_another_program(monkeypatch, capsys, tmp_path)
     assert code == 2 and "WORLD_SIZE set, but not by torchrun" in err and err.count("\n") == 1
 
 
-def test_ohem_on_a_small_crop_is_said(monkeypatch, capsys, tmp_path):
-    line = [*QUICK, "--output-dir", tmp_path, "--supervised-loss", "ohem"]
-    code, out, _ = call(supervised, monkeypatch, capsys, *line)
-    assert code == 0 and "50,000 pixels" in out and "labeled + " in out
-
-
 def test_a_run_inside_a_thread(quick):
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(supervised.main, quick(supervised.Args, steps=1)).result()["steps"] == 1

@@ -681,6 +681,29 @@ def test_unlabeled_labels_are_never_read(quick, monkeypatch):
     assert_unlabeled_labels_are_not_read(cmb, quick, monkeypatch)
 
 
+def test_padding_of_unlabeled_images_takes_no_part(quick, monkeypatch):
+    """It alone has no pseudo-label; where all is padding the three losses are 0."""
+    make_batches, padding, strong = cmb.make_batches, None, cmb.strong_augmentation
+
+    def padded(args, data, ids, stream, *rest):
+        for image, label in make_batches(args, data, ids, stream, *rest):
+            yield image, label.where(~padding, 255) if stream == "unlabeled" else label
+
+    def look(image, label, *rest):
+        assert torch.equal(label == 255, padding.expand_as(label))
+        return strong(image, label, *rest)
+
+    monkeypatch.setattr(cmb, "make_batches", padded)
+    monkeypatch.setattr(cmb, "strong_augmentation", look)
+    flags = FEW | {"classmix": (0.0, 0.0), "log_every": 1}
+    for share, name in ((32, "all"), (11, "some")):
+        padding = (torch.arange(32) < share).expand(32, 32)
+        rows = read_log(main(quick(Args, exp_name=name, **flags))["run_dir"])
+        for key in ("loss/pseudo", "loss/entropy", "loss/contrastive_u"):
+            assert all((row[key] == 0) == (name == "all") for row in rows), key
+        assert all(row["loss/contrastive_l"] > 0 for row in rows)
+
+
 def test_bf16_keeps_every_gradient(quick, monkeypatch):
     """The teacher's passes must not leave autocast's weights without gradient for the next."""
     names, make_optimizer = {}, cmb.make_optimizer

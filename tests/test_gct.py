@@ -12,6 +12,7 @@ from conftest import (
     read_log,
     weights,
 )
+from test_cli import make_folder
 from test_supervised import freeze_batchnorm
 from torch import nn
 
@@ -502,6 +503,21 @@ def test_it_trains(quick):
     assert all(row["pseudo/taught_1"] + row["pseudo/taught_2"] <= 1 for row in rows)
     assert rows[-1]["pseudo/flaw_correlation"] > rows[0]["pseudo/flaw_correlation"]
     assert 0 < rows[-1]["pseudo/accuracy"] <= 1
+    assert all(0 < row["pseudo/choice"] < 1 for row in rows[-20:])
+
+
+def test_choice_accuracy_by_hand():
+    """Pixels: 1 right and chosen; 1 right, 2 chosen (twice); 2 right and chosen; both right; both
+    wrong; 1 right, each keeps its own (a tie); no label (twice)."""
+    label = torch.tensor([3, 3, 3, 3, 3, 3, 3, 254, 255]).view(1, 1, 9)
+    class_1 = torch.tensor([3, 3, 3, 1, 3, 1, 3, 3, 3]).view(1, 1, 9)
+    class_2 = torch.tensor([1, 1, 1, 3, 3, 2, 1, 1, 1]).view(1, 1, 9)
+    flaw_1 = torch.tensor([0.1, 0.4, 0.9, 0.2, 0.1, 0.1, 0.2, 0.1, 0.1]).view(1, 1, 1, 9)
+    flaw_2 = torch.tensor([0.2, 0.3, 0.1, 0.1, 0.2, 0.2, 0.2, 0.2, 0.2]).view(1, 1, 1, 9)
+    probs = [F.one_hot(each, 4).permute(0, 3, 1, 2).float() for each in (class_1, class_2)]
+    targets = [target.argmax(1) for target in dynamic_targets(*probs, flaw_1, flaw_2)[:2]]
+    assert gct.choice_accuracy([class_1, class_2], targets, label).item() == 2 / 4
+    assert gct.choice_accuracy([class_1, class_1], targets, label) == 0  # nothing to choose
 
 
 def test_correlation_by_hand():
@@ -610,5 +626,12 @@ def test_paper_rows():
             args = gct.resolve(Args(dataset=dataset, split=split))
             assert args.ramp_up * args.steps == pytest.approx(3 * epoch, rel=1e-9)
     assert PAPER["shapes"]["ramp_up"] == PAPER["camvid"]["ramp_up"] == 0.4
-    folder = gct.resolve(Args(dataset="folder", backbone="resnet14", weights="none", crop_size=32))
-    assert folder.detector_stages == 1 and folder.ramp_up == pytest.approx(3 / 34)
+
+
+def test_own_data_has_the_weight_per_pixel_of_voc(tmp_path):
+    """One loss is a mean over the classes, 21 on VOC. What the user says is not rescaled."""
+    flags = {"dataset": "folder", "data_root": str(make_folder(tmp_path)), "crop_size": 32}
+    args = gct.resolve(Args(**flags))
+    assert args.lambda_dc == pytest.approx(100 * 2 / 21) and args.lambda_fc == 1  # two classes
+    assert args.detector_stages == 1 and args.ramp_up == pytest.approx(3 / 34)
+    assert gct.resolve(Args(**flags, lambda_dc=7.0)).lambda_dc == 7

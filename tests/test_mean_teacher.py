@@ -16,6 +16,7 @@ from conftest import (
     record_steps,
     weights,
 )
+from test_cli import make_folder
 from torch import nn
 
 import mean_teacher
@@ -256,3 +257,10 @@ def test_paper_rows():
     assert not Args().ema_warmup and Args().evaluate == "student"
     args = mean_teacher.resolve(Args(dataset="cityscapes"))
     assert args.supervised_loss == "ohem" and np.isclose(args.lr, 0.0025)
+
+
+def test_own_data_has_the_weight_per_pixel_of_voc(tmp_path):
+    """The loss is a mean over the classes, 21 on VOC. What the user says is not rescaled."""
+    flags = {"dataset": "folder", "data_root": str(make_folder(tmp_path))}  # of two classes
+    assert mean_teacher.resolve(Args(**flags)).lambda_u == pytest.approx(100 * 2 / 21)
+    assert mean_teacher.resolve(Args(**flags, lambda_u=7.0)).lambda_u == 7

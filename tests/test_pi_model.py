@@ -296,3 +296,12 @@ def test_paper_rows():
     assert [row["lambda_u"] for row in PAPER.values()] == [100, 100, 52, 38, 100]
     args = pi_model.resolve(Args(dataset="cityscapes"))
     assert (args.noise, args.dropout, args.ramp_up) == (0.15, 0.5, 80 / 300)
+
+
+def test_own_data_has_the_weight_per_pixel_of_voc(tmp_path):
+    """The loss is a mean over the classes, 21 on VOC. What the user says is not rescaled."""
+    from test_cli import make_folder
+
+    flags = {"dataset": "folder", "data_root": str(make_folder(tmp_path))}  # of two classes
+    assert pi_model.resolve(Args(**flags)).lambda_u == pytest.approx(100 * 2 / 21)
+    assert pi_model.resolve(Args(**flags, lambda_u=7.0)).lambda_u == 7

@@ -537,3 +537,12 @@ def test_paper_rows():
         80 / 300,
         0.6,
     )
+
+
+def test_own_data_has_the_weight_per_pixel_of_voc(tmp_path):
+    """The loss is a mean over the classes, 21 on VOC. What the user says is not rescaled."""
+    from test_cli import make_folder
+
+    flags = {"dataset": "folder", "data_root": str(make_folder(tmp_path))}  # of two classes
+    assert temporal_ensembling.resolve(Args(**flags)).lambda_u == pytest.approx(30 * 2 / 21)
+    assert temporal_ensembling.resolve(Args(**flags, lambda_u=7.0)).lambda_u == 7
