@@ -115,7 +115,7 @@ class Args:
 # DIFFERS (supervised.md 2): lr and weight decay are those that act on the true mean gradient.
 # DIFFERS (temporal_ensembling.md 3): w without the share of labeled images.
 # DIFFERS (pi_model.md 6): SGD and poly schedule, not Adam with ramps of lr and beta_1.
-# DIFFERS (temporal_ensembling.md 10): camvid, shapes and folder have VOC's weight per pixel, 30 / 21.
+# DIFFERS (temporal_ensembling.md 10): camvid, shapes, folder: VOC's weight per pixel, 30 / 21.
 PAPER = {
     "voc": dict(
         split="1/8", backbone="resnet50", weights="imagenet", batch_size=8, crop_size=512,

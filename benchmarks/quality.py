@@ -8,6 +8,11 @@
     python benchmarks/quality.py shapes --table           # results/shapes.jsonl -> README.md
     python benchmarks/quality.py camvid --table           # results/camvid.jsonl -> docs/results.md
 
+On one GPU, five runs at a time, first the choice of a setting that can show a gain:
+
+    python benchmarks/quality.py setting --workers 5 --threads 2 --device cuda --data-root data
+    python benchmarks/quality.py camvid_long --workers 5 --threads 2 --device cuda --data-root data
+
 A run that is complete is not repeated, a killed one continues. Seeds are paired: seed s of every
 script draws the same labeled images (`--split-seed s`) and the same batches.
 """
@@ -19,7 +24,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,18 +48,28 @@ APART = {
     "unimatch_v2": ("unimatch_v2", 1, [], "another network"),
 }  # fmt: skip
 BASE = {"fixmatch, ViT": "labels only, ViT", "unimatch_v2": "labels only, ViT"}
-# data set: (labeled split, name of the split in the table, steps)
+# CamVid from few labels and from all, by which the setting of `camvid_long` is chosen: (labels,
+# steps, flags), the cheapest first.
+SETTINGS = {
+    f"{labels} labels, {steps:,} steps": (labels, steps, ["--crop-size", "320"])
+    for steps in (4_000, 8_000) for labels in (46, 23, 12, 367)
+}  # fmt: skip
+# table: (labeled split, name of the split in the table, steps)
 SPLITS = {
     "shapes": ("20", "20 of 1,024 labels", 1_000),
     "camvid": ("1/8", "1/8 (46 of 367 labels)", 500),
+    "setting": ("", "crop 320", 0),
+    "camvid_long": ("", "", 0),  # as `choose_setting` finds
     "ablation": ("20", "AEL on 20 of 1,024 labels", 500),
     "weights": ("20", "GCT on 20 of 1,024 labels", 1_000),
 }
 FIRST_SEED = {"weights": 10}  # a choice is made on other seeds than those of the tables
 RARE = {"shapes": ("ring", "wire", "tent"), "camvid": ("bicyclist", "pedestrian", "pole")}
 RARE["ablation"] = RARE["weights"] = RARE["shapes"]
+RARE["setting"] = RARE["camvid_long"] = RARE["camvid"]
 # Pages that hold a table; the README has the others.
-PAGES = {"camvid": "docs/results.md", "ablation": "docs/ael.md", "weights": "docs/gct.md"}
+PAGES = {"ablation": "docs/ael.md", "weights": "docs/gct.md"}
+PAGES |= dict.fromkeys(("camvid", "setting", "camvid_long"), "docs/results.md")
 # AEL's parts: dynamic re-weighting, adaptive sampling, adaptive CutMix, adaptive Copy-Paste.
 PARTS = {
     "DR": ["--gamma", "0"], "AES": ["--no-sampling"], "ACM": ["--no-adaptive-cutmix"],
@@ -74,7 +89,7 @@ WEIGHTS = {
 
 def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
     """Rows of the table (or those named), framed by labels-only and all-labels, times seeds."""
-    split, _, steps = SPLITS[dataset]
+    split, _, steps, common = settle(dataset)
     if dataset == "ablation":
         rows = [(row, "ael", split, without(parts)) for row, parts in ABLATION.items()]
     elif dataset == "weights":
@@ -83,6 +98,11 @@ def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
             flags = ["--lambda-dc", f"{38 * dc:g}", "--lambda-fc", f"{fc:g}"]
             name = f"gct-{dc:g}" if fc else f"gct-{dc:g}-fc-0"
             rows.append((row, "gct", split, [*flags, "--exp-name", name]))
+    elif dataset == "setting":
+        rows = []
+        for row, (labels, steps, flags) in SETTINGS.items():
+            flags = [*flags, "--steps", str(steps), "--exp-name", f"supervised-{steps}"]
+            rows.append((row, "supervised", "full" if labels == 367 else str(labels), flags))
     else:
         rows = [("labels only", "supervised", split, [])]
         rows += [(name, name, split, []) for name in SCRIPTS if name not in APART]
@@ -90,16 +110,42 @@ def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
         for row, (script, _, more, _) in APART.items():
             named = ["--exp-name", row.split(",")[0].replace(" ", "-") + "-vit"] if more else []
             rows.append((row, script, split, [*more, *named]))
-    data = dataset if dataset in ("shapes", "camvid") else "shapes"
+    data = "camvid" if PAGES.get(dataset) == "docs/results.md" else "shapes"
+    if dataset in ("setting", "camvid_long"):  # beside the runs of other lengths
+        common = [*common, "--output-dir", f"runs/{dataset}"]
     found = []
     for row, script, which, more in rows:
         for number in range(seeds if not only or row in only else 0):
             seed = FIRST_SEED.get(dataset, 0) + number
             flags = ["--dataset", data, "--split", which, "--seed", str(seed)]
-            flags += ["--steps", str(round((APART[row][1] if row in APART else 1) * steps))]
+            if dataset != "setting":
+                flags += ["--steps", str(round((APART[row][1] if row in APART else 1) * steps))]
             flags += ["--split-seed", str(seed)] if which != "full" else []
-            found.append({"row": row, "script": script, "seed": seed, "flags": flags + more})
+            flags += common + more
+            found.append({"row": row, "script": script, "seed": seed, "flags": flags})
     return found
+
+
+def settle(dataset: str) -> tuple[str, str, int, list[str]]:
+    """(labeled split, its name, steps, flags) of a table.
+
+    Of `camvid_long` by the rows of `setting` alone, never by a method: the cheapest one in which
+    all labels beat few by 5 points and by 3 standard errors.
+    """
+    if dataset != "camvid_long":
+        return *SPLITS[dataset], []
+    scores = {name: {} for name in SETTINGS}
+    for row in read("setting"):
+        scores[row["row"]][row["seed"]] = row["last"]
+    for name, (labels, steps, flags) in SETTINGS.items():
+        of_all = scores[f"367 labels, {steps:,} steps"]
+        gains = [of_all[seed] - few for seed, few in scores[name].items() if seed in of_all]
+        least = max(0.05, 3 * standard_error(gains)) if len(gains) > 1 else 1
+        if labels < 367 and gains and statistics.mean(gains) >= least:
+            return str(labels), f"{labels} of 367 labels, crop 320", steps, flags
+    raise SystemExit(
+        "camvid_long: first `quality.py setting`; in none so far all labels gain enough"
+    )
 
 
 def without(parts: tuple[str, ...]) -> list[str]:
@@ -157,7 +203,7 @@ def read(dataset: str) -> list[dict]:
 def place(row: dict) -> tuple[int, int]:
     """Of a result in the table."""
     others = [name for name in SCRIPTS if name not in APART]
-    order = ["labels only", *others, "all labels", *APART, *ABLATION, *WEIGHTS]
+    order = ["labels only", *others, "all labels", *APART, *ABLATION, *WEIGHTS, *SETTINGS]
     return order.index(row["row"]), row["seed"]
 
 
@@ -176,13 +222,15 @@ def table(dataset: str) -> str:
     rows, rare = read(dataset), RARE[dataset]
     names = list(dict.fromkeys(row["row"] for row in rows))
     last = {n: {r["seed"]: 100 * r["last"] for r in rows if r["row"] == n} for n in names}
-    first, title = names[0], f"{dataset}, {SPLITS[dataset][1]}"
+    first, title = names[0], f"{dataset}, {settle(dataset)[1]}"
+    over = "all labels" if dataset == "setting" else first
     lines = [
-        f"| {title} | mIoU | over {first} | {', '.join(rare)} | each seed |",
+        f"| {title} | mIoU | over {over} | {', '.join(rare)} | each seed |",
         "|---|---|---|---|---|",
     ]
     for name in names:
-        base = last[BASE.get(name, first)]
+        of_all = f"367 {name.partition(' ')[2]}"  # with as many steps
+        base = last[of_all if dataset == "setting" else BASE.get(name, first)]
         gains = [value - base[seed] for seed, value in last[name].items() if seed in base]
         of_rare = [
             100 * statistics.mean(row["iou"][c] for c in rare) for row in rows if row["row"] == name
@@ -197,10 +245,11 @@ def table(dataset: str) -> str:
         lines.append(f"| {name}{apart} | {' | '.join(cells)} |")
     origin, seeds, up = rows[0], len(last[first]), "../" if dataset in PAGES else ""
     commits = ", ".join(dict.fromkeys(row["commit"][:8] for row in rows))
+    steps = "" if dataset == "setting" else f"{origin['steps']} steps, "
     spread = "s, paired (± standard deviation; differences: ± standard error)"
     lines += [
         "",
-        f"{seeds} seed{spread if seeds > 1 else ''}, {origin['steps']} steps, {origin['device']}, "
+        f"{seeds} seed{spread if seeds > 1 else ''}, {steps}{origin['device']}, "
         f"torch {origin['torch']}, commit{'s' * (',' in commits)} {commits}; commands and curves "
         f"in [benchmarks/results/{dataset}.jsonl]({up}benchmarks/results/{dataset}.jsonl).",
     ]
@@ -221,7 +270,7 @@ def results(script: str) -> str:
     """Markdown: a script's rows of the tables, for its page."""
     shown = ["labels only", *([script] if script != "supervised" else []), "all labels"]
     lines = [f"| data set | {' | '.join(shown)} | steps, seeds |", "|---" * (len(shown) + 2) + "|"]
-    for dataset in ("shapes", "camvid"):
+    for dataset in (name for name in ("shapes", "camvid", "camvid_long") if read(name)):
         rows = [row for row in read(dataset) if row["row"] in shown]
         cells = []
         for name in shown:
@@ -230,7 +279,7 @@ def results(script: str) -> str:
         if script in [row["row"] for row in rows] or script == "supervised":
             seeds = len({row["seed"] for row in rows if row["row"] == shown[-2]})
             length = f"{rows[0]['steps']:,}, {seeds}"
-            title = f"{dataset}, {SPLITS[dataset][1]}"
+            title = f"{dataset}, {settle(dataset)[1]}"
             lines.append(f"| {title} | {' | '.join(cells)} | {length} |")
     if len(lines) == 2:
         command = f"python benchmarks/quality.py shapes --rows {script} --workers 2"
@@ -267,9 +316,15 @@ def main() -> None:
     elif not flags.workers:
         print("\n".join(shlex.join(["python", *command(e, extra)[1:]]) for e in todo))
     else:
+        failed = []
         with ThreadPoolExecutor(flags.workers) as pool:
-            add(flags.dataset, list(pool.map(lambda e: run(e, extra, flags.threads), todo)))
-        print(table(flags.dataset))
+            for done in as_completed([pool.submit(run, e, extra, flags.threads) for e in todo]):
+                if done.exception():
+                    failed.append(str(done.exception()))
+                else:
+                    add(flags.dataset, [done.result()])
+        print("\n".join(failed) or table(flags.dataset))
+        raise SystemExit(bool(failed))
 
 
 if __name__ == "__main__":

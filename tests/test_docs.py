@@ -11,7 +11,7 @@ import predict
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_FLAGS = {
     "--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--logdir",
-    "--help", "--rows", "--workers",
+    "--help", "--rows", "--workers", "--threads", "--paper", "--out",
     "--from", "--write", "--report", "--readme", "--check", "--no-cutmix",
 }  # fmt: skip
 
