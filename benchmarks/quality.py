@@ -39,7 +39,12 @@ SCRIPTS = [
 ]
 # Rows that stand apart: script, steps as a multiple of the others', flags, why.
 APART = {
+    "labels only, longer": ("supervised", 2, [], "steps x 2"),
     "self_training": ("self_training", 2, [], "two trainings: steps x 2"),
+    "ST": (
+        "self_training", 2, ["--strong", "--tta", "--oversample"], "two trainings: steps x 2",
+    ),
+    "ST++": ("self_training", 3, ["--plus"], "three trainings: steps x 3"),
     "self_correcting": ("self_correcting", 1.5, [], "box-assisted, steps x 1.5"),
     "labels only, ViT": ("unimatch_v2", 1, ["--lambda-u", "0"], "another network"),
     "fixmatch, ViT": (
@@ -108,7 +113,8 @@ def experiments(dataset: str, seeds: int, only: list[str]) -> list[dict]:
         rows += [(name, name, split, []) for name in SCRIPTS if name not in APART]
         rows.append(("all labels", "supervised", "full", []))
         for row, (script, _, more, _) in APART.items():
-            named = ["--exp-name", row.split(",")[0].replace(" ", "-") + "-vit"] if more else []
+            name = row.replace(",", "").replace(" ", "-")
+            named = ["--exp-name", name] if name != script else []
             rows.append((row, script, split, [*more, *named]))
     data = "camvid" if PAGES.get(dataset) == "docs/results.md" else "shapes"
     if dataset in ("setting", "camvid_long"):  # beside the runs of other lengths
