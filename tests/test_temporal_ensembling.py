@@ -228,6 +228,19 @@ def test_a_state_is_small_and_can_be_taken_back(tmp_path):
         assert_same(copy, state)  # no view of the live table
 
 
+def test_writes_may_be_partial(tmp_path):
+    from types import SimpleNamespace
+
+    banks = [PredictionBank(tmp_path / name, 6, 3, (4, 5)) for name in ("whole", "partial")]
+    file = banks[1].file
+    banks[1].file = SimpleNamespace(
+        seek=file.seek, readinto=file.readinto, write=lambda data: file.write(data[:7])
+    )
+    for bank in banks:
+        visit(bank, torch.Generator().manual_seed(0))
+    assert content(banks[0]).any() and torch.equal(*map(content, banks))
+
+
 def test_a_bank_that_is_gone_is_an_error(tmp_path):
     bank = new_bank(tmp_path)
     bank.load_state_dict(bank.state_dict())  # nothing was written, so nothing is missing
@@ -440,6 +453,9 @@ def test_two_processes_leave_the_bank_of_one(quick):
     assert rows[0][-1]["pseudo/confidence"] > 0.05 and rows[0][-1]["loss/sup"] > 0
     for row_1, row_2 in zip(*rows, strict=True):
         assert row_1["loss/sup"] == pytest.approx(row_2["loss/sup"], abs=1e-5)
+        # A mean over micro-batches that cover more or less; the second process has targets, too.
+        assert row_1["pseudo/seen"] == pytest.approx(row_2["pseudo/seen"], rel=0.1)
+    assert rows[0][-1]["pseudo/seen"] > 0.5
 
 
 def test_the_same_view_twice_agrees_with_itself(quick, monkeypatch):
