@@ -233,12 +233,13 @@ def test_loss_falls_with_every_optimizer_and_loss(quick):
 
 
 def test_ohem_mines_each_image():
-    """Of 62,500 pixels with p = 0.4 and as many with 0.9: all of the first, 50,000 others."""
-    prob = torch.tensor([0.4, 0.9]).view(2, 1, 1, 1).expand(2, 1, 250, 250)
+    """All of 62,500 pixels with p = 0.4, and 50,000 with 0.8 but none of 12,500 with 0.9."""
+    prob = torch.full((2, 1, 250, 250), 0.4)
+    prob[1, :, :200], prob[1, :, 200:] = 0.8, 0.9
     logits = torch.cat([prob, 1 - prob], dim=1).log()
     label = torch.zeros(2, 250, 250, dtype=torch.long)
     loss = supervised.supervised_loss(logits, label, "ohem")
-    assert loss.item() == pytest.approx(-(math.log(0.4) + math.log(0.9)) / 2)
+    assert loss.item() == pytest.approx(-(math.log(0.4) + math.log(0.8)) / 2)
     for parts in (1, 2):  # of as many processes or micro-batches
         pairs = zip(logits.chunk(parts), label.chunk(parts), strict=True)
         each = [supervised.supervised_loss(*pair, "ohem") for pair in pairs]
