@@ -52,6 +52,7 @@ APART = {
     ),
     "unimatch_v2": ("unimatch_v2", 1, [], "another network"),
 }  # fmt: skip
+BOUNDS = ("labels only", "all labels")
 BASE = {"fixmatch, ViT": "labels only, ViT", "unimatch_v2": "labels only, ViT"}
 # CamVid from few labels and from all, by which the setting of `camvid_long` is chosen: (labels,
 # steps, flags), the cheapest first.
@@ -274,17 +275,21 @@ def standard_error(values) -> float:
 
 def results(script: str) -> str:
     """Markdown: a script's rows of the tables, for its page."""
-    shown = ["labels only", *([script] if script != "supervised" else []), "all labels"]
-    lines = [f"| data set | {' | '.join(shown)} | steps, seeds |", "|---" * (len(shown) + 2) + "|"]
+    own = [row for row, (of, *_) in APART.items() if of == script] or [script]
+    own = ["labels only, longer", *own] if script == "self_training" else own
+    shown = ["labels only", *own, "all labels"] if script != "supervised" else [*BOUNDS]
+    titles = [
+        f"{n} (steps x {APART[n][1]})" if n in APART and APART[n][1] > 1 else n for n in shown
+    ]
+    lines = [f"| data set | {' | '.join(titles)} | steps, seeds |", "|---" * (len(shown) + 2) + "|"]
     for dataset in (name for name in ("shapes", "camvid", "camvid_long") if read(name)):
         rows = [row for row in read(dataset) if row["row"] in shown]
         cells = []
         for name in shown:
             values = [100 * row["last"] for row in rows if row["row"] == name]
             cells.append(mean(values, statistics.stdev) if values else "")
-        if script in [row["row"] for row in rows] or script == "supervised":
-            seeds = len({row["seed"] for row in rows if row["row"] == shown[-2]})
-            length = f"{rows[0]['steps']:,}, {seeds}"
+        if {row["row"] for row in rows} - {*BOUNDS} or script == "supervised":
+            length = f"{rows[0]['steps']:,}, {len({row['seed'] for row in rows})}"
             title = f"{dataset}, {settle(dataset)[1]}"
             lines.append(f"| {title} | {' | '.join(cells)} | {length} |")
     if len(lines) == 2:
