@@ -487,11 +487,16 @@ def measure(name: str, flags, blocks: int) -> dict:
             return time.perf_counter() - begin
 
         times = {"script": [], "floor": []}
-        poly_lr, began = script.poly_lr, [0.0]
+        poly_lr, began, seen = script.poly_lr, [0.0], [-1]
 
         def turn(base_lr, step, total_steps):
             """Called at the start of every step of `main`: ends a block, runs one of the floor."""
+            if step == seen[0]:  # of another optimizer
+                return poly_lr(base_lr, step, total_steps)
+            seen[0] = step
             synchronize(device)
+            if step == 0:  # of the last training, where there are several
+                times["script"], times["floor"] = [], []
             if step % BLOCK == 0:
                 if step > BLOCK:  # the first block warms up
                     times["script"].append((time.perf_counter() - began[0]) / (BLOCK - SKIPPED))
