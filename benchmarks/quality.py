@@ -46,11 +46,11 @@ APART = {
     ),
     "ST++": ("self_training", 3, ["--plus"], "three trainings: steps x 3"),
     "self_correcting": ("self_correcting", 1.5, [], "box-assisted, steps x 1.5"),
-    "labels only, ViT": ("unimatch_v2", 1, ["--lambda-u", "0"], "another network"),
+    "labels only, ViT": ("unimatch_v2", 1, ["--lambda-u", "0"], "a tiny ViT"),
     "fixmatch, ViT": (
-        "unimatch_v2", 1, ["--views", "1", "--feature-dropout", "none"], "another network",
+        "unimatch_v2", 1, ["--views", "1", "--feature-dropout", "none"], "a tiny ViT, over its labels only",
     ),
-    "unimatch_v2": ("unimatch_v2", 1, [], "another network"),
+    "unimatch_v2": ("unimatch_v2", 1, [], "a tiny ViT, over its labels only"),
 }  # fmt: skip
 BOUNDS = ("labels only", "all labels")
 BASE = {"fixmatch, ViT": "labels only, ViT", "unimatch_v2": "labels only, ViT"}
@@ -231,10 +231,10 @@ def table(dataset: str) -> str:
     last = {n: {r["seed"]: 100 * r["last"] for r in rows if r["row"] == n} for n in names}
     first, title = names[0], f"{dataset}, {settle(dataset)[1]}"
     over = "all labels" if dataset == "setting" else first
-    lines = [
-        f"| {title} | mIoU | over {over} | {', '.join(rare)} | each seed |",
-        "|---|---|---|---|---|",
-    ]
+    steps_of = step_times()
+    head = ["mIoU", f"over {over}", ", ".join(rare), "each seed"]
+    head[2:2] = ["time of a step"] if dataset == "shapes" else []
+    lines = [f"| {title} | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     for name in names:
         of_all = f"367 {name.partition(' ')[2]}"  # with as many steps
         base = last[of_all if dataset == "setting" else BASE.get(name, first)]
@@ -242,9 +242,11 @@ def table(dataset: str) -> str:
         of_rare = [
             100 * statistics.mean(row["iou"][c] for c in rare) for row in rows if row["row"] == name
         ]
+        time = steps_of.get(APART[name][0] if name in APART else name)
         cells = [
             mean(last[name].values(), statistics.stdev),
             mean(gains, standard_error, "+") if base is not last[name] else "",
+            *([f"{time:.1f}" if time else ""] if dataset == "shapes" else []),
             mean(of_rare, statistics.stdev),
             ", ".join(f"{value:.1f}" for value in last[name].values()),
         ]
@@ -258,9 +260,20 @@ def table(dataset: str) -> str:
         "",
         f"{seeds} seed{spread if seeds > 1 else ''}, {steps}{origin['device']}, "
         f"torch {origin['torch']}, commit{'s' * (',' in commits)} {commits}; commands and curves "
-        f"in [benchmarks/results/{dataset}.jsonl]({up}benchmarks/results/{dataset}.jsonl).",
+        f"in [benchmarks/results/{dataset}.jsonl]({up}benchmarks/results/{dataset}.jsonl)."
+        + " Time of a step: a multiple of the baseline's, on CamVid."
+        * (dataset == "shapes"),
     ]
     return "\n".join(lines)
+
+
+def step_times() -> dict[str, float]:
+    """Of each script, as a multiple of the baseline's, from speed.py's latest rows."""
+    path = RESULTS / "speed.jsonl"
+    rows = [json.loads(s) for s in path.read_text().splitlines()] if path.exists() else []
+    times = {row["script"]: row["step_s"] for row in rows if "script" in row}
+    times |= {bound: times["supervised"] for bound in BOUNDS if times}
+    return {name: time / times["supervised"] for name, time in times.items()}
 
 
 def mean(values, spread, sign: str = "") -> str:
