@@ -48,7 +48,8 @@ APART = {
     "self_correcting": ("self_correcting", 1.5, [], "box-assisted, steps x 1.5"),
     "labels only, ViT": ("unimatch_v2", 1, ["--lambda-u", "0"], "a tiny ViT"),
     "fixmatch, ViT": (
-        "unimatch_v2", 1, ["--views", "1", "--feature-dropout", "none"], "a tiny ViT, over its labels only",
+        "unimatch_v2", 1, ["--views", "1", "--feature-dropout", "none"],
+        "a tiny ViT, over its labels only",
     ),
     "unimatch_v2": ("unimatch_v2", 1, [], "a tiny ViT, over its labels only"),
 }  # fmt: skip
