@@ -1,10 +1,10 @@
 """AEL: Adaptive Equalization Learning (Hu, Wei, Hu, Ye, Cui, Wang, NeurIPS 2021, 2110.05474).
 
-    L = CE(f(x_l), y_l) + lambda r(t) sum_p v_p CE(f(x)_p, argmax g(x)_p) / sum_p v_p,
-    v_p = (max g(x)_p)^2 [u_p > 1 - s(class of p)], s = (1 - A) / max(1 - A): few pixels of classes
-    that do well by their running confidence A; the others are pasted on labeled images, and chosen
-    for CutMix, more often. x: labeled and mixed unlabeled images, p: their pixels, u_p: uniform,
-    g: an average of f over time, r: a ramp up to 1
+    L = CE(f(x_l), y_l) + lambda r(t) (C(x_m) + C(x_l)), C = sum_p v_p CE(f_p, y_p) / sum_p v_p,
+    v_p = c_p^2 [u_p > 1 - s(class of f_p)], s = (1 - A) / max(1 - A): few pixels of classes that do
+    well by their running confidence A; the others are pasted on labeled images, and chosen for
+    CutMix, more often. x_m: two unlabeled images mixed, p: pixels, u_p: uniform; y, c: argmax and
+    max of g's softmax, mixed as x_m; g: an average of f over time, r: a ramp up to 1
 
     python ael.py --dataset shapes                               # no data, no GPU: minutes
     python ael.py --split 1/8                                    # one GPU, Pascal VOC
@@ -657,8 +657,8 @@ def main(args: Args) -> dict:
                 for of_batch in (boxes, draw, bank.source_class[row], bank.pasted_classes[row])
             )
             if micro == 0:  # of the images of the step's micro-batches
-                size = (2, args.batch_size, len(data.classes))
-                sums, seen = torch.zeros(size, device=device), torch.zeros(size, device=device)
+                shape = (2, args.batch_size, len(data.classes))
+                sums, seen = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
             if args.copy_paste:
                 image_p, label_p = next(batches_p)
                 image_l, label_l = copy_paste(image_l, label_l, image_p, label_p, pasted_classes)
@@ -683,12 +683,10 @@ def main(args: Args) -> dict:
             loss_sup = supervised_loss(logits_l, label_l, args.supervised_loss)
 
             # DIFFERS (ael.md 6): the mean over all pairs, so that there is one bank.
-            own = torch.stack(confidence_sums(logits_l, label_l, per_image=True))
-            sums[:, first : first + n] = own
+            sums[:, first : first + n] = torch.stack(confidence_sums(logits_l, label_l, True))
             batch = world_size * over_processes(sums.clone(), world_size)
-            momentum, absent = args.bank_momentum, args.bank_absent
-            new = sums_over_pairs(*batch, absent)
-            running = update_confidence(bank.confidence, *new, momentum, absent)
+            new = sums_over_pairs(*batch, args.bank_absent)
+            running = update_confidence(bank.confidence, *new, args.bank_momentum, args.bank_absent)
             rate = sampling_rate(running)
             if not args.sampling:  # every pixel
                 rate, uniform = torch.ones_like(rate), torch.ones_like(uniform)

@@ -149,7 +149,7 @@ def cps_loss(
     logits: (B, C, H, W); pseudo-labels: (B, H, W) int64, the two networks' own, no gradient
     """
     # DIFFERS (cps.md 1): one mean over labeled and unlabeled pixels together, as released, where
-    # the paper adds two: with equal numbers of both, lambda acts there as half of it.
+    # the paper adds two: with equal numbers of both, lambda acts here as lambda / 2 does there.
     return cross_entropy(logits_1, pseudo_label_2) + cross_entropy(logits_2, pseudo_label_1)
 
 
@@ -254,8 +254,7 @@ def ohem_cross_entropy(
 def supervised_loss(logits: torch.Tensor, label: torch.Tensor, kind: str) -> torch.Tensor:
     """`ce`, or the mean of each image's `ohem` (0.7, 50,000 pixels), on any number of processes."""
     if kind == "ohem":  # as in the CPS release, of one labeled image per process
-        each = zip(logits.split(1), label.split(1), strict=True)
-        return torch.stack([ohem_cross_entropy(z, y) for z, y in each]).mean()
+        return sum(map(ohem_cross_entropy, logits.split(1), label.split(1))) / len(label)
     return cross_entropy(logits, label)
 
 

@@ -100,7 +100,7 @@ class Args:
     # === flags of the method ===
     ema_decay: Share | None = None  # share of itself that the teacher keeps at every step
     ema_warmup: bool = False  # decay of 1 - 1/(step + 1) until that exceeds --ema-decay
-    noise: Amount = 0.0  # greatest deviation of Gaussian noise, different for student and teacher
+    noise: Amount = 0.0  # greatest deviation of noise, share of an image's range; each has its own
     lambda_u: Amount | None = None  # weight of the consistency loss
     ramp_up: Share | None = None  # share of the steps over which it rises from 0.7 % to all of it
     evaluate: Literal["student", "teacher"] = "student"  # network to evaluate
@@ -232,8 +232,7 @@ def ohem_cross_entropy(
 def supervised_loss(logits: torch.Tensor, label: torch.Tensor, kind: str) -> torch.Tensor:
     """`ce`, or the mean of each image's `ohem` (0.7, 50,000 pixels), on any number of processes."""
     if kind == "ohem":  # as in the CPS release, of one labeled image per process
-        each = zip(logits.split(1), label.split(1), strict=True)
-        return torch.stack([ohem_cross_entropy(z, y) for z, y in each]).mean()
+        return sum(map(ohem_cross_entropy, logits.split(1), label.split(1))) / len(label)
     return cross_entropy(logits, label)
 
 

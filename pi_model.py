@@ -3,9 +3,9 @@
     L = CE(f(x_1), y_1) + lambda r(t) |softmax f(x_1) - softmax f(x_2)|^2, gradient to both,
     x_1, x_2: two shifts of one window, each with noise and dropout of its own
 
-    python pi_model.py --dataset shapes                      # no data, no GPU: minutes
-    python pi_model.py --split 1/8                           # one GPU, Pascal VOC
-    torchrun --nproc_per_node=8 pi_model.py --split 1/8      # the same run on eight
+    python pi_model.py --dataset shapes                          # no data, no GPU: minutes
+    python pi_model.py --split 1/8                               # one GPU, Pascal VOC
+    torchrun --nproc_per_node=8 pi_model.py --split 1/8          # the same run on eight
 
 The protocol is that of the CPS paper (2106.01226v3); docs/pi_model.md lists what differs.
 """
@@ -251,8 +251,7 @@ def ohem_cross_entropy(
 def supervised_loss(logits: torch.Tensor, label: torch.Tensor, kind: str) -> torch.Tensor:
     """`ce`, or the mean of each image's `ohem` (0.7, 50,000 pixels), on any number of processes."""
     if kind == "ohem":  # as in the CPS release, of one labeled image per process
-        each = zip(logits.split(1), label.split(1), strict=True)
-        return torch.stack([ohem_cross_entropy(z, y) for z, y in each]).mean()
+        return sum(map(ohem_cross_entropy, logits.split(1), label.split(1))) / len(label)
     return cross_entropy(logits, label)
 
 

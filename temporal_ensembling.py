@@ -97,9 +97,7 @@ class Args:
     save_every: Count = 500  # steps between checkpoints
 
     # === flags of the method ===
-    ensemble_decay: Annotated[float, 0, 0.999] = (
-        0.6  # share of itself that an average keeps a visit
-    )
+    ensemble_decay: Annotated[float, 0, 0.999] = 0.6  # share that an average keeps at a visit
     canvas: Annotated[tuple[int, int], 1, math.inf] | None = None  # cells of an image, down, across
     noise: Amount = 0.15  # deviation of the Gaussian noise, in units of the normalized image
     dropout: Share = 0.5  # after ASPP and before the classifier
@@ -390,8 +388,7 @@ def ohem_cross_entropy(
 def supervised_loss(logits: torch.Tensor, label: torch.Tensor, kind: str) -> torch.Tensor:
     """`ce`, or the mean of each image's `ohem` (0.7, 50,000 pixels), on any number of processes."""
     if kind == "ohem":  # as in the CPS release, of one labeled image per process
-        each = zip(logits.split(1), label.split(1), strict=True)
-        return torch.stack([ohem_cross_entropy(z, y) for z, y in each]).mean()
+        return sum(map(ohem_cross_entropy, logits.split(1), label.split(1))) / len(label)
     return cross_entropy(logits, label)
 
 

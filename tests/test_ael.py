@@ -452,8 +452,8 @@ def test_main_takes_the_authors_steps(path, quick, monkeypatch):
         return torch.optim.SGD(groups, config["lr_backbone"], momentum, weight_decay=wd)
 
     # Theirs mixes one image for two labeled ones: the pair's sums and classes in that one's place.
-    monkeypatch.setattr(ael, "confidence_sums", lambda *pair, **_: [
-        of_pair[None] for of_pair in confidence_sums(*pair)
+    monkeypatch.setattr(ael, "confidence_sums", lambda *pair: [
+        of_pair[None] for of_pair in confidence_sums(*pair[:2])
     ])  # fmt: skip
     monkeypatch.setattr(ael, "copy_paste", lambda *images: copy_paste(
         *images[:4], images[4].expand(2, -1)
