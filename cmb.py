@@ -445,7 +445,8 @@ def classmix(maps, classes, chance: float, span, generator: torch.Generator) -> 
     partner = [each.roll(-1, 0)[:n] for each in maps]
     label = partner[1]
     draw = draw.to(label.device, non_blocking=True)
-    chosen = classes_to_paste(label, draw, classes[0] == "background")
+    background = classes[0].strip("_").lower() == "background"  # labelme's has underlines
+    chosen = classes_to_paste(label, draw, background)
     mask = chosen.gather(1, label.flatten(1).clamp(max=len(classes))).view_as(label)[:, None]
     return [paste(a, b, mask) for a, b in zip(own, partner, strict=True)]
 

@@ -67,6 +67,8 @@ def load(path: Path, device: torch.device, name: str | None = None):
         needed = meta["palette"], meta["args"]["crop_size"], meta["args"]["dataset"]
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; name its last.pt or best.pt") from None
     except Exception as error:  # torch raises many kinds for a file that is something else
         raise UserError(
             f"{path}: not a checkpoint of these scripts ({type(error).__name__}: {error})"
@@ -252,26 +254,33 @@ class Program(nn.Module):
 
 @torch.no_grad()
 def export(path: Path, network: nn.Module, meta) -> None:
-    """Write a program for any batch and size, once it agrees with the network on two of them."""
+    """Write a program for any batch and size, once it agrees with the network on two of them.
+
+    UniMatch V2's is for the side of its crops: the position table is drawn up for that.
+    """
+    side = meta["args"]["crop_size"] if isinstance(network, DPT) else None
     program = Program(network.cpu(), *meta["statistics"]).eval()
     draw = torch.Generator().manual_seed(0)
 
     def pixels(*size: int) -> torch.Tensor:
         return torch.randint(256, size, generator=draw).byte()
 
-    sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    made = torch.export.export(program, (pixels(2, 3, 96, 128),), dynamic_shapes=({**sizes},))
+    sizes = dict.fromkeys([0] if side else [0, 2, 3], torch.export.Dim.DYNAMIC)
+    example = pixels(2, 3, side or 96, side or 128)
+    made = torch.export.export(program, (example,), dynamic_shapes=(sizes,))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.part.pt2")
     torch.export.save(made, part)
     again = torch.export.load(part).module()
-    for size in ((1, 3, 101, 67), (3, 3, 160, 224)):
+    for size in ((1, 3, side or 101, side or 67), (3, 3, side or 160, side or 224)):
         image = pixels(*size)
         torch.testing.assert_close(again(image), program(image), rtol=1e-4, atol=1e-4)
     os.replace(part, path)
+    height, width = (side, side) if side else ("H", "W")
     print(
-        f"{path}: uint8 (B, 3, H, W) RGB -> (B, {len(meta['classes'])}, H, W) logits, as the "
-        f"network's on two sizes; torch.export.load({str(path)!r}).module()"
+        f"{path}: uint8 (B, 3, {height}, {width}) RGB -> (B, {len(meta['classes'])}, {height}, "
+        f"{width}) logits, as the network's on two batches; "
+        f"torch.export.load({str(path)!r}).module()"
     )
 
 
@@ -283,6 +292,8 @@ def main(args: Args) -> float | None:
         raise UserError(f"--scales {args.scales}: must be above 0")
     if args.export and (args.export.suffix != ".pt2" or args.export.is_dir()):
         raise UserError(f"--export {args.export}: name a file that ends with .pt2")
+    if args.out.is_file():
+        raise UserError(f"--out {args.out}: is a file; name a folder")
     if args.window is not None and args.window < 32:
         raise UserError(f"--window {args.window}: must be 32 pixels or more")
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

@@ -559,8 +559,8 @@ class ViTEncoder(nn.Module):
         if any(side % self.patch_size for side in image.shape[2:]):
             raise ValueError(f"{tuple(image.shape[2:])}: no multiples of {self.patch_size} pixels")
         patches = self.patch_embed["proj"](image)  # (B, dim, h, w)
-        grid = patches.shape[2:]
-        tokens = torch.cat([self.cls_token.expand(len(image), -1, -1), patches.flatten(2).mT], 1)
+        grid, first = patches.shape[2:], self.cls_token.expand(patches.shape[0], -1, -1)
+        tokens = torch.cat([first, patches.flatten(2).mT], 1)
         tokens, maps = tokens + self.position(*grid), []
         for number, block in enumerate(self.blocks):
             tokens = block(tokens)

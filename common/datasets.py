@@ -26,6 +26,7 @@ from tqdm import tqdm
 from common import UserError, synthetic
 from common.files import (
     Colors,
+    check_boxes,
     check_mask,
     first,
     images_under,
@@ -148,13 +149,14 @@ class SegmentationData:
 
     def check_boxes(self, image_ids) -> None:
         """Fail before training if an image's boxes are missing or cannot be read."""
-        files = [path for image_id in image_ids for path in self.box_files(image_id)]
+        files = {path: image_id for image_id in image_ids for path in self.box_files(image_id)}
         if lost := [path for path in files if not path.is_file()]:
             raise UserError(
                 f"{self.name}: {len(lost)} files with boxes are missing: {first(lost)}; "
-                "add them, or take these images out of the lists"
+                "add them, or name the images that have boxes in the lists of images"
             )
-        named = {row[0] for path in files if path.suffix == ".xml" for row in read_boxes(path)}
+        annotations = [path for path in files if path.suffix == ".xml"]
+        named = set().union(*(check_boxes(p, self.image_path(files[p])) for p in annotations))
         if others := sorted(named - set(self.classes)):
             self.notes += (f"boxes of {first(others)} are left out: these are no classes",)
 
@@ -615,8 +617,9 @@ class Folder(SegmentationData):
             )
         self.masks = images_under(root / "masks")[0] if (root / "masks").is_dir() else {}
         self.classes, self.colors = read_classes(root)
-        if "background" in self.classes:
-            self.background = self.classes.index("background")
+        names = [name.strip("_").lower() for name in self.classes]  # labelme's has underlines
+        if "background" in names:
+            self.background = names.index("background")
         self.palette = voc_palette(len(self.classes))
         if self.colors:
             colors = {i: color for color, i in self.colors.items()}

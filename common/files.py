@@ -313,6 +313,33 @@ def read_boxes(path: Path) -> list[tuple[str, int, int, int, int]]:
         raise UserError(f"{path}: not boxes in VOC's form ({error}); replace it") from None
 
 
+def check_boxes(path: Path, image: Path) -> set[str]:
+    """The names in an annotation of VOC's form; refuses boxes that cannot be this image's."""
+    rows = read_boxes(path)
+    with opened(image) as file:
+        turn, (width, height) = orientation(file), _turned_size(file)
+    said = [ElementTree.parse(path).findtext(f"size/{side}", "0") for side in ("width", "height")]
+    said = tuple(int(side) if side.strip().isdecimal() else 0 for side in said)
+    if turn != 1 and (turn < 5 or width == height or said != (width, height)):
+        raise UserError(
+            f"{image}: EXIF turns it, and {path} does not say which pixels its boxes are of; save "
+            "the photo turned, without EXIF, and draw the boxes on that"
+        )
+    if all(said) and said != (width, height):
+        raise UserError(
+            f"{path}: boxes of a picture of {said[0]} x {said[1]}, but {image} has {width} x "
+            f"{height}; draw them on this image"
+        )
+    for name, top, left, bottom, right in rows:  # some tools are a pixel off, some write shares
+        inside = -1 <= left < right <= width + 1 and -1 <= top < bottom <= height + 1
+        if not inside or max(right, bottom) <= 1:
+            raise UserError(
+                f"{path}: {name} from ({left + 1}, {top + 1}) to ({right}, {bottom}) is no box of "
+                f"pixels of {image}, {width} x {height}; write xmin, ymin, xmax, ymax in pixels"
+            )
+    return {row[0] for row in rows}
+
+
 def read_classes(root: Path) -> tuple[tuple[str, ...], Colors | None]:
     """Class names of a folder, in the order of their ids, and the colors of its masks, if any.
 

@@ -244,6 +244,14 @@ def test_programs_take_no_other_file_s_place(run, tmp_path, name):
     assert code == 2 and f"{name}: name a file that ends with .pt2" in err
 
 
+def test_a_file_for_a_folder_and_a_folder_for_a_file(run, tmp_path, checkpoint):
+    photo = save(tmp_path / "a.png", noise())
+    code, _, err = run(photo, "--out", photo)
+    assert code == 2 and f"--out {photo}: is a file; name a folder" in err
+    with pytest.raises(predict.UserError, match="a folder; name its last.pt"):
+        predict.load(tmp_path, torch.device("cpu"))
+
+
 def test_a_forks_network_is_explained(tmp_path, checkpoint, run):
     changed = torch.load(checkpoint)
     state = changed["network"]

@@ -29,6 +29,7 @@ import predict
 import self_correcting
 from common import UserError
 from common.datasets import CamVid, Samples, Shapes, open_data, open_dataset
+from common.files import check_boxes
 from common.transforms import LocatedView
 from self_correcting import (
     PAPER,
@@ -232,8 +233,36 @@ def test_boxes_of_a_folder(tmp_path):
     args = Args(dataset="folder", data_root=str(tmp_path), device="cpu", batch_size=2)
     with pytest.raises(UserError, match=r"1 files with boxes are missing: .*boxes/y\.xml"):
         main(args)
-    (tmp_path / "classes.txt").write_text("other\nbackground\n")
-    assert open_dataset("folder", tmp_path).background == 1
+    for name in ("background", "_background_", "Background"):
+        (tmp_path / "classes.txt").write_text(f"other\n{name}\n")
+        assert open_dataset("folder", tmp_path).background == 1
+
+
+def test_boxes_are_those_of_their_image(tmp_path):
+    photo, path = tmp_path / "a.jpg", tmp_path / "a.xml"
+
+    def check(boxes="2 1 6 5", size=None, turn=1):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.new("RGB", (8, 6)).save(photo, exif=exif)
+        edges = zip(("xmin", "ymin", "xmax", "ymax"), boxes.split(), strict=True)
+        edges = "".join(f"<{edge}>{value}</{edge}>" for edge, value in edges)
+        size = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>" if size else ""
+        text = f"{size}<object><name>dog</name><bndbox>{edges}</bndbox></object>"
+        path.write_text(f"<annotation>{text}</annotation>")
+        return check_boxes(path, photo)
+
+    assert check() == check(size=(8, 6)) == check(size=(0, 0)) == {"dog"}
+    assert check("1 1 8 6") == check("0 0 9 7") == {"dog"}  # a pixel off
+    assert check("1 1 6 8", size=(6, 8), turn=6) == {"dog"}  # drawn as it is seen
+    for boxes in ("20 10 60 50", "0.2 0.1 0.6 0.5", "6 5 2 1"):
+        with pytest.raises(UserError, match="is no box of pixels of .*a.jpg, 8 x 6"):
+            check(boxes)
+    with pytest.raises(UserError, match="boxes of a picture of 80 x 60, but .*a.jpg has 8 x 6"):
+        check(size=(80, 60))
+    for size, turn in ((None, 6), ((8, 6), 6), ((8, 6), 3), (None, 3)):
+        with pytest.raises(UserError, match="EXIF turns it"):
+            check(size=size, turn=turn)
 
 
 def test_boxes_of_shapes_leave_small_parts_out():

@@ -787,6 +787,14 @@ def test_predict_reads_its_checkpoints(quick, monkeypatch, capsys, tmp_path):
     line = [f"{result['run_dir']}/last.pt", tmp_path / "photo.png", "--out", tmp_path / "out"]
     assert call(predict, monkeypatch, capsys, *line, "--network", "student")[0] == 0
     assert Image.open(tmp_path / "out" / "photo.png").size == (61, 45)
+    line = [f"{result['run_dir']}/last.pt", "--export", tmp_path / "vit.pt2", "--device", "cpu"]
+    code, out, err = call(predict, monkeypatch, capsys, *line)
+    assert code == 0 and "uint8 (B, 3, 96, 96) RGB" in out, err  # of its crops' size alone
+    program = torch.export.load(tmp_path / "vit.pt2").module()
+    network, _ = predict.load(tmp_path / f"{result['run_dir']}/last.pt", torch.device("cpu"))
+    image = torch.randint(256, (3, 3, 96, 96), generator=torch.Generator().manual_seed(1)).byte()
+    with torch.no_grad():
+        torch.testing.assert_close(program(image), network(predict.normalize(image)))
 
 
 @pytest.mark.parametrize("flags", [
