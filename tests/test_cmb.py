@@ -568,6 +568,12 @@ def test_classes_to_paste_by_hand():
     assert chosen == [[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0], [1, 0, 0, 0]]
     chosen = classes_to_paste(label[:, None], draw, background=False).long().tolist()
     assert chosen[0] == [1, 1, 0, 0] and chosen[3] == [1, 0, 1, 0]
+    label = torch.arange(2).repeat(2, 4, 2)  # 0 and 1 by turns, the other way in the partner
+    label[1] = 1 - label[1]
+    for name, pasted in (("background", False), ("_background_", False), ("road", True)):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(20)]
+        mixed = [classmix([label, label], [name, "car"], 1.0, (2, 0, 2), g)[1] for g in generators]
+        assert any(bool(((each == 0) & (label != 0)).any()) for each in mixed) is pasted
 
 
 @pytest.mark.parametrize("path", WHOLE, **by_stem)
