@@ -334,13 +334,16 @@ def read_classes(root: Path) -> tuple[tuple[str, ...], Colors | None]:
         lines = list(read_lines(path))
     lines = _unnumbered(lines, path)
     if comments := [line for line in lines if line.startswith("#")]:
-        raise UserError(f"{path}: {comments[0]!r} would be a class; take out what is no class name")
+        raise UserError(f"{path}: {comments[0]!r} would be a class; take comments out of it")
     with_color = [re.fullmatch(r"(.+?)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\d+)", line) for line in lines]
     if any(with_color):
         if not all(with_color):
             raise UserError(f"{path}: {lines[with_color.index(None)]!r} has no color, others have")
         lines = [line[1] for line in with_color]
         entries = {line[1]: tuple(map(int, line.group(2, 3, 4))) for line in with_color}
+    form = re.compile(r"\d[\s,;:/]+\d+[\s,;:/]+\d|#[0-9A-Fa-f]{6}\b")  # of a color in a name
+    if other := [line for line in lines if form.search(line)]:
+        raise UserError(f"{path}: {other[0]!r} holds a color; write lines as `road 128 64 128`")
     if high := [name for name, color in entries.items() if max(color) > 255]:
         raise UserError(f"{path}: the color of {first(high)} is not one of 0..255")
     if twice := [name for name, count in Counter(lines).items() if count > 1]:
