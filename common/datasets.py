@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from common.files import (
     read_lines,
     read_mask,
     read_text,
+    reads_gray,
     remarks,
     turned_alike,
     visible,
@@ -65,6 +66,7 @@ class SegmentationData:
         sliding: evaluate by a sliding window of the crop's size, not on whole images
         lookup: (256,) uint8, stored label value -> class id
         colors: of the classes in masks that are pictures, else None
+        gray_is_color: whether these are meant by gray masks, too, which else hold ids
         background: the class of what no box marks, if there is one
         min_pixels: parts of a mask with fewer get no box
         with_boxes: whether boxes belong to the task
@@ -82,6 +84,7 @@ class SegmentationData:
     sliding: bool = False
     lookup: np.ndarray | None = None
     colors: Colors | None = None
+    gray_is_color: bool = False
     background: int | None = None
     min_pixels: int = 1
     with_boxes: bool = False
@@ -117,7 +120,7 @@ class SegmentationData:
     def load_label(self, image_id: str) -> np.ndarray:
         """uint8 (H, W) class ids, 255 ignored."""
         path = self.label_path(image_id)
-        label = read_mask(path, self.colors)
+        label = read_mask(path, self.colors, self.gray_is_color)
         if self.lookup is not None:
             label = self.lookup.take(label)
         if (label + np.uint8(1)).max() > len(self.classes):  # uint8: 255 becomes 0
@@ -646,6 +649,11 @@ class Folder(SegmentationData):
     def _read_ids(self, name: str) -> tuple[str, ...]:
         path = self.folder / name
         return tuple(self.listed(read_text(path), str(path)))
+
+    @cached_property
+    def gray_is_color(self) -> bool:
+        ids = filter(self.has_label, (*self.train_ids, *self.val_ids))
+        return bool(self.colors) and reads_gray(self.colors, map(self.label_path, ids))
 
     def check_labels(self, labeled_ids, val_ids) -> None:
         super().check_labels(labeled_ids, val_ids)

@@ -316,7 +316,8 @@ def test_masks_in_colors(folder):
     (folder / "classes.txt").write_text("dark 128 64 128\nbright light 0 0 142\n")
     np.testing.assert_array_equal(opened(folder)[0].load("b")[1], IDS)
     save(folder / "masks" / "b.png", rgb[IDS] + np.uint8(1))
-    assert "b.png: color 129 65 129 is no class's" in message(opened(folder)[0].load, "b")
+    assert "b.png: color 129 65 129 is no class's" in (text := message(data.load, "b"))
+    assert "without smoothing" in text and "by a line `__ignore__ 129 65 129`" in text
 
 
 def test_grays_that_stand_for_classes(folder):
@@ -332,6 +333,54 @@ def test_grays_that_stand_for_classes(folder):
     for name in ("a", "b", "sub/c.d", "v"):
         save(folder / "masks" / f"{name}.png", label(0, 1, 255))
     assert values(opened(folder)[0], "a") == {0, 1, 255}
+
+
+COLORED = "wall 255 255 255\ncar 255 0 0\nfloor 0 0 0\n"
+
+
+def colored(folder: Path, classes: str = COLORED, **masks) -> Path:
+    """Masks in white, red and black, but for those given."""
+    (folder / "classes.txt").write_text(classes)
+    rgb = np.array([(255, 255, 255), (255, 0, 0), (0, 0, 0)], np.uint8)
+    for name in ("a", "b", "sub/c.d", "v"):
+        save(folder / "masks" / f"{name}.png", masks.get(name[0], rgb[label(0, 1, 2)]))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["gray", "1 bit"])
+def test_a_gray_mask_among_colors_is_one_of_them(folder, kind):
+    picture = Image.fromarray(label(255, 0))
+    colored(folder, a=picture.convert("1") if kind == "1 bit" else picture)
+    for split in ("full", "1"):  # the other masks tell, whether they are drawn or not
+        np.testing.assert_array_equal(opened(folder, split)[0].load("a")[1], label(0, 2))
+    save(folder / "masks" / "b.png", label(0, 1))  # a mask of ids among them
+    assert "b.png: color 1 1 1 is no class's" in message(open_dataset("folder", folder).load, "b")
+
+
+def test_gray_masks_alone_hold_ids(folder):
+    gray = {name: label(0, 1, 2, 255) for name in "absv"}
+    data, _ = opened(colored(folder, **gray))
+    np.testing.assert_array_equal(data.load("a")[1], gray["a"])
+    colored(folder, **gray | {"a": Image.fromarray(label(255, 0)).convert("1")})
+    text = message(open_dataset("folder", folder).load, "a")
+    assert "a.png: its black and white may be colors of classes.txt or the ids 0 and 1" in text
+
+
+def test_white_to_ignore(folder):
+    one_bit = Image.fromarray(label(255, 0)).convert("1")
+    classes = "floor 0 0 0\ncar 255 0 0\n__ignore__ 255 255 255\n"
+    data, _ = opened(colored(folder, classes, a=one_bit, b=label(255, 0)))
+    for name in "ab":
+        np.testing.assert_array_equal(data.load(name)[1], label(255, 0))
+
+
+def test_ids_and_colors_side_by_side_where_no_gray_could_be_both(folder):
+    classes = "floor 0 0 0\ncar 255 0 0\n"
+    rgb = np.array([(0, 0, 0), (255, 0, 0)], np.uint8)
+    everywhere = {name: rgb[IDS] for name in "bsv"}
+    data, _ = opened(colored(folder, classes, a=IDS, **everywhere))
+    for name in "ab":
+        np.testing.assert_array_equal(data.load(name)[1], IDS)
 
 
 def test_a_bad_mask_of_an_unlabeled_image_stops_no_training(folder):
