@@ -383,6 +383,65 @@ def test_ids_and_colors_side_by_side_where_no_gray_could_be_both(folder):
         np.testing.assert_array_equal(data.load(name)[1], IDS)
 
 
+def check_data(folder: Path) -> None:
+    open_data(flags("folder", folder, "full", check_data=True))
+
+
+def test_check_data_asks_about_255_beside_class_0(folder, capsys):
+    save(folder / "masks" / "b.png", label(0, 255))
+    save(folder / "masks" / "sub" / "c.d.png", label(255))
+    with pytest.raises(SystemExit):
+        check_data(folder)
+    printed = capsys.readouterr().out
+    assert f"note: 2 masks hold 255 and no class but 0 ({folder / 'masks' / 'b.png'}, " in printed
+
+
+def test_check_data_reads_all_headers_first(folder):
+    rough = {name: label(0, 1, 7) for name in ("a", "b")}
+    for name, mask in rough.items():
+        save(folder / "masks" / f"{name}.png", mask, format="JPEG", quality=20)
+    text = message(check_data, folder)
+    assert "2 of 6 samples are bad" in text and text.count("lossy compression changes") == 2
+
+
+def test_check_data_prints_shares_of_good_masks_only(folder, capsys):
+    for name in ("a", "b", "sub/c.d", "v"):
+        save(folder / "masks" / f"{name}.png", label(0, 255))
+    assert "give each class its color in classes.txt (`thing 255 255 255`)" in message(
+        check_data, folder
+    )
+    assert "share" not in capsys.readouterr().out
+    save(folder / "masks" / "a.png", label(0, 128, 255))
+    assert "label value 128 is outside the 2 classes" in (text := message(check_data, folder))
+    assert text.endswith("or give each class its color in classes.txt (`thing 255 255 255`)")
+
+
+def test_check_data_aligns_its_table_and_says_where_unlabeled_images_lie(folder, capsys):
+    (folder / "classes.txt").write_text("a\nb\n")
+    save(folder / "images" / "masks" / "p.png", noise())
+    save(folder / "images" / "masks" / "deep" / "q.png", noise())
+    with pytest.raises(SystemExit):
+        check_data(folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in lines[:4]}) == 1, lines[:4]
+    assert "images without labels: 2 in images/masks/, 2 in images/" in lines
+    shutil.rmtree(folder / "images" / "masks")
+    for name in ("x.tif", "y.bmp"):
+        (folder / "images" / name).unlink()
+    with pytest.raises(SystemExit):
+        check_data(folder)
+    assert "images without labels: none; add some to images/" in capsys.readouterr().out
+
+
+def test_masks_of_other_names_are_said(folder):
+    (folder / "masks" / "a.png").rename(folder / "masks" / "a_mask.png")
+    (folder / "masks" / "b.png").rename(folder / "masks" / "b.gif")
+    save(folder / "masks" / "x.png", label(0))  # of an unlabeled image
+    text = message(opened, folder)
+    assert "2 of 4 labels are missing" in text
+    assert "masks/ holds 2 other files (b.gif, a_mask.png): a mask has its image's name" in text
+
+
 def test_a_bad_mask_of_an_unlabeled_image_stops_no_training(folder):
     data = open_dataset("folder", folder)
     save(folder / "masks" / "x.png", noise())
