@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from common.files import (
     read_lines,
     read_mask,
     read_text,
+    reads_gray,
     remarks,
     turned_alike,
     visible,
@@ -66,10 +67,12 @@ class SegmentationData:
         sliding: evaluate by a sliding window of the crop's size, not on whole images
         lookup: (256,) uint8, stored label value -> class id
         colors: of the classes in masks that are pictures, else None
+        gray_is_color: whether these are meant by gray masks, too, which else hold ids
         background: the class of what no box marks, if there is one
         min_pixels: parts of a mask with fewer get no box
         with_boxes: whether boxes belong to the task
         notes: what the user should know, printed at the start
+        value_hint, label_hint: how else to mend a value outside the classes, a missing label
     """
 
     name: str
@@ -83,10 +86,13 @@ class SegmentationData:
     sliding: bool = False
     lookup: np.ndarray | None = None
     colors: Colors | None = None
+    gray_is_color: bool = False
     background: int | None = None
     min_pixels: int = 1
     with_boxes: bool = False
     notes: tuple[str, ...] = ()
+    value_hint: str = ""
+    label_hint: str = ""
 
     def image_path(self, image_id: str) -> Path:
         raise NotImplementedError
@@ -111,21 +117,21 @@ class SegmentationData:
             return as_sample(image, np.full(image.shape[:2], IGNORE, np.uint8))
         label, path = self.load_label(image_id), self.label_path(image_id)
         if label.shape != image.shape[:2]:
-            check_mask(path, self.image_path(image_id), self.colors)  # says why
+            self.check_header(image_id)  # says why
             raise UserError(f"{path}: has another size than {self.image_path(image_id)}")
         return as_sample(image, label)
 
     def load_label(self, image_id: str) -> np.ndarray:
         """uint8 (H, W) class ids, 255 ignored."""
         path = self.label_path(image_id)
-        label = read_mask(path, self.colors)
+        label = read_mask(path, self.colors, self.gray_is_color)
         if self.lookup is not None:
             label = self.lookup.take(label)
         if (label + np.uint8(1)).max() > len(self.classes):  # uint8: 255 becomes 0
             outside = label[(label >= len(self.classes)) & (label != IGNORE)]
             raise UserError(
                 f"{path}: label value {outside[0]} is outside the {len(self.classes)} classes; "
-                f"use 0..{len(self.classes) - 1}, or {IGNORE} for pixels to ignore"
+                f"use 0..{len(self.classes) - 1}, or {IGNORE} for pixels to ignore{self.value_hint}"
             )
         return label
 
@@ -162,16 +168,20 @@ class SegmentationData:
 
     def check_files(self, image_ids, label_ids) -> None:
         """Fail before training if an image or a label is missing (first few and the count)."""
-        for what, ids, where in (
-            ("images", image_ids, self.image_path),
-            ("labels", label_ids, self.label_path),
+        for what, ids, where, hint in (
+            ("images", image_ids, self.image_path, ""),
+            ("labels", label_ids, self.label_path, self.label_hint),
         ):
             lost = [path for path in map(where, ids) if not path.is_file()]
             if lost:
                 raise UserError(
                     f"{self.name}: {len(lost)} of {len(ids)} {what} are missing: {first(lost)}; "
-                    "add them, or take these images out of the lists"
+                    f"{hint}add them, or take these images out of the lists"
                 )
+
+    def check_header(self, image_id: str) -> tuple[int, ...] | None:
+        """Refuse a mask by its header; returns its palette if others must have the same."""
+        return check_mask(self.label_path(image_id), self.image_path(image_id), self.colors)
 
     def check_labels(self, labeled_ids, val_ids) -> None:
         """Refuse, before training, masks that are ambiguous or teach nothing.
@@ -180,8 +190,8 @@ class SegmentationData:
         """
         palettes: dict[tuple[int, ...], Path] = {}
         for image_id in (*labeled_ids, *val_ids):
-            path = self.label_path(image_id)
-            if palette := check_mask(path, self.image_path(image_id), self.colors):
+            if palette := self.check_header(image_id):
+                path = self.label_path(image_id)
                 for other, where in palettes.items():  # a file may leave out colors at the end
                     if any(a != b for a, b in zip(palette, other, strict=False)):
                         raise UserError(
@@ -196,17 +206,22 @@ class SegmentationData:
                     f"({self.label_path(ids[0])}, ...); mark classes in them"
                 )
 
-    def check_samples(self, labeled_ids, val_ids, unlabeled_ids) -> None:
-        """Decode and check every image and label, and print what they hold (`--check-data`)."""
-        faults, notes = [], []
+    def check_samples(self, labeled_ids, val_ids, unlabeled_ids) -> list[str]:
+        """Decode and check every image and label; lines on what they hold (`--check-data`)."""
+        faults, notes, ignored = [], [], []
         pixels = np.zeros((2, 256), np.int64)  # of each class in labeled and validation images
         jobs = [(i, row) for row, ids in enumerate((labeled_ids, val_ids)) for i in ids]
         jobs += [(i, None) for i in unlabeled_ids]
         for image_id, row in tqdm(jobs, desc="checking", disable=None):
             try:
+                if row is not None:
+                    self.check_header(image_id)
                 label = self.load(image_id, row is not None)[1]
                 if row is not None:
-                    pixels[row] += np.bincount(label.numpy().ravel(), minlength=256)
+                    count = np.bincount(label.numpy().ravel(), minlength=256)
+                    pixels[row] += count
+                    if count[IGNORE] and not count[1:IGNORE].any():
+                        ignored.append(self.label_path(image_id))
                 notes += self.remarks(image_id)
             except UserError as error:
                 faults.append(str(error))
@@ -214,15 +229,19 @@ class SegmentationData:
             lines = "".join(f"\n  {fault}" for fault in faults)
             raise UserError(f"{len(faults)} of {len(jobs)} samples are bad:{lines}")
         share = 100 * pixels / pixels.sum(1, keepdims=True).clip(min=1)
-        width = max(map(len, (*self.classes, "ignored")))
-        print(f"{'share of pixels':{width}}   labeled  validation")
+        width = max(map(len, (*self.classes, "share of pixels")))
+        lines = [f"{'share of pixels':{width}}     labeled  validation"]
         for name, value in (
             *zip(self.classes, share[:, : len(self.classes)].T, strict=True),
             ("ignored (255)", share[:, IGNORE]),
         ):
-            print(f"{name:{width}}  {value[0]:7.2f} %   {value[1]:7.2f} %")
-        for note in notes:
-            print(f"note: {note}")
+            lines.append(f"{name:{width}}   {value[0]:7.2f} %   {value[1]:7.2f} %")
+        if ignored:
+            notes.append(
+                f"{len(ignored)} masks hold {IGNORE} and no class but 0 ({first(ignored)}): "
+                f"{IGNORE} is ignored; is a class meant?"
+            )
+        return lines + [f"note: {note}" for note in notes]
 
     def remarks(self, image_id: str) -> list[str]:
         path = self.image_path(image_id)
@@ -565,7 +584,7 @@ class Shapes(SegmentationData):
     def check_files(self, image_ids, label_ids) -> None:
         pass
 
-    def check_labels(self, labeled_ids, val_ids) -> None:
+    def check_header(self, image_id: str) -> None:
         pass
 
     def box_files(self, image_id: str) -> list[Path]:
@@ -587,6 +606,7 @@ class Shapes(SegmentationData):
         return as_sample(np.ascontiguousarray(np.moveaxis(np.asarray(image), 0, 2)), label)
 
 
+GIVE_COLORS = "give each class its color in classes.txt (`thing 255 255 255`)"
 # Of masks beside their images: x_mask, x.GT, x-labelIds, mask_x, ...
 _WORDS = r"(?:colou?r_?)?(?:masks?|labels?|labelIds|seg|segmentation|gt|groundtruth|annotation)"
 MASK_NAME = re.compile(rf"(.+?)[_.-]{_WORDS}|{_WORDS}[_.-](.+)", re.IGNORECASE)
@@ -615,7 +635,14 @@ class Folder(SegmentationData):
                 f"{len(others)} files in {root / 'images'} are left out: {first(others)}; to use "
                 "images among them, convert them to JPEG or PNG",
             )
-        self.masks = images_under(root / "masks")[0] if (root / "masks").is_dir() else {}
+        self.masks, others = images_under(root / "masks") if (root / "masks").is_dir() else ({}, [])
+        others += [path for image_id, path in self.masks.items() if image_id not in self.files]
+        if others:
+            names = first([path.relative_to(root / "masks") for path in others])
+            self.label_hint = (
+                f"masks/ holds {len(others)} other files ({names}): a mask has its image's name "
+                "and folder, best in PNG; "
+            )
         self.classes, self.colors = read_classes(root)
         names = [name.strip("_").lower() for name in self.classes]  # labelme's has underlines
         if "background" in names:
@@ -624,6 +651,7 @@ class Folder(SegmentationData):
         if self.colors:
             colors = {i: color for color, i in self.colors.items()}
             self.palette = tuple(colors[i] for i in range(len(self.classes)))
+        self.value_hint = "" if self.colors else f", or {GIVE_COLORS}"
         self.train_ids = self._read_ids("labeled.txt")
         self.val_ids = self._read_ids("val.txt")
         if both := sorted(set(self.train_ids) & set(self.val_ids)):
@@ -649,6 +677,17 @@ class Folder(SegmentationData):
     def _read_ids(self, name: str) -> tuple[str, ...]:
         path = self.folder / name
         return tuple(self.listed(read_text(path), str(path)))
+
+    @cached_property
+    def gray_is_color(self) -> bool:
+        ids = filter(self.has_label, (*self.train_ids, *self.val_ids))
+        return bool(self.colors) and reads_gray(self.colors, map(self.label_path, ids))
+
+    def check_samples(self, labeled_ids, val_ids, unlabeled_ids) -> list[str]:
+        lines = super().check_samples(labeled_ids, val_ids, unlabeled_ids)
+        tops = Counter("images/" + i[: i.find("/") + 1] for i in unlabeled_ids)
+        places = [f"{count} in {top}" for top, count in tops.most_common()]
+        return [*lines, f"images without labels: {first(places, 9) or 'none; add some to images/'}"]
 
     def check_labels(self, labeled_ids, val_ids) -> None:
         super().check_labels(labeled_ids, val_ids)
@@ -677,8 +716,8 @@ class Folder(SegmentationData):
             raise UserError(
                 f"{self.folder / 'masks'}: no labeled mask holds class {first(absent)}, while they "
                 f"hold {IGNORE}, which is ignored. If {IGNORE} stands for a class (as in masks of "
-                "0 and 255), store its id; else label an image that shows the class, or take it "
-                "out of classes.txt"
+                f"0 and 255), store its id, or {GIVE_COLORS}; else label an image that shows the "
+                "class, or take it out of classes.txt"
             )
         self.notes += (f"no labeled mask holds class {first(absent)}: it cannot be learned",)
 
@@ -744,14 +783,14 @@ def open_data(args, with_boxes: bool = False) -> tuple[SegmentationData, Split]:
     if with_boxes:
         data.with_boxes = True
         data.check_boxes([*drawn.labeled, *others])
-    if args.check_data:
-        data.check_samples(drawn.labeled, data.val_ids, others)
+    report = data.check_samples(drawn.labeled, data.val_ids, others) if args.check_data else []
     data.check_labels(drawn.labeled, data.val_ids)
     if int(os.environ.get("RANK", 0)) == 0:
         for note in data.notes:
             print(f"note: {note}", file=sys.stderr)
     if args.check_data:
         count = len(labeled) + len(others)
+        print(*report, sep="\n")
         print(f"{args.dataset}, {drawn.identity}: all {count} images are in order")
         raise SystemExit(0)
     return data, drawn
@@ -814,7 +853,10 @@ class StreamSampler(Sampler):
         stream: str = "",
     ):
         if num_images < 1:
-            raise UserError(f"there are no {stream} images; use another --split")
+            raise UserError(
+                f"there are no {stream} images; use another --split, or add images without labels "
+                "(--dataset folder: to images/)"
+            )
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} is not divisible by {world_size} processes")
         if not 0 <= rank < world_size:

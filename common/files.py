@@ -243,16 +243,22 @@ def _size_error(path, size, image, image_size, turn) -> UserError:
     return UserError(f"{text}; they must agree")
 
 
-def read_mask(path: Path, colors: Colors | None = None) -> np.ndarray:
+def read_mask(path: Path, colors: Colors | None = None, gray_is_color: bool = False) -> np.ndarray:
     """A mask as uint8 (H, W) ids: gray values or palette indices, else colors by this table.
 
-    A table of grays alone (`thing 255 255 255`) tells what gray values mean. Gray stored as RGB is
-    read as gray, and a 1-bit mask as 0 and 1.
+    With `gray_is_color` the table tells what gray values mean, too. Gray stored as RGB is read as
+    gray where there is no table, and a 1-bit mask as 0 and 1.
     """
     with opened(path) as file:
         _turn(file)
-        if colors and (file.mode == "P" or (file.mode in ("L", "1") and _grays(colors))):
+        if colors and (file.mode == "P" or (file.mode in ("L", "1") and gray_is_color)):
             return _ids_of_colors(np.asarray(file.convert("RGB")), colors, path)
+        black, white = (0, 0, 0), (255, 255, 255)
+        if colors and file.mode == "1" and (colors.get(black, 0), colors.get(white, 1)) != (0, 1):
+            raise UserError(
+                f"{path}: its black and white may be colors of classes.txt or the ids 0 and 1; "
+                "save it as RGB, or class ids as 8-bit gray"
+            )
         if file.mode in ("L", "P", "1"):
             return np.array(file, dtype=np.uint8)
         if file.mode.startswith("I"):
@@ -276,10 +282,21 @@ def read_mask(path: Path, colors: Colors | None = None) -> np.ndarray:
         )
 
 
-def _grays(colors: Colors) -> bool:
-    """Whether all colors are grays, which differ from the class ids."""
+def reads_gray(colors: Colors, masks: Iterable[Path]) -> bool:
+    """Whether gray masks of a data set hold colors of its table, not ids.
+
+    So they do where the table knows grays alone (`thing 255 255 255`), or where other masks are in
+    color: a PNG optimizer stores a mask as gray that happens to show only grays.
+    """
     grays = {color[0]: i for color, i in colors.items() if len(set(color)) == 1}
-    return len(grays) == len(colors) and any(gray != i for gray, i in grays.items())
+    if all(gray == i < 255 for gray, i in grays.items()):  # either way the same; white may be 1 bit
+        return False
+    return len(grays) == len(colors) or any(map(_in_color, masks))
+
+
+def _in_color(path: Path) -> bool:
+    with opened(path) as file:
+        return file.mode not in ("L", "1", "F") and file.mode[0] != "I"
 
 
 def _ids_of_colors(rgb: np.ndarray, colors: Colors, path: Path) -> np.ndarray:
@@ -290,7 +307,10 @@ def _ids_of_colors(rgb: np.ndarray, colors: Colors, path: Path) -> np.ndarray:
     place = np.searchsorted(codes, pixels).clip(max=len(codes) - 1)
     if (wrong := codes[place] != pixels).any():
         color = " ".join(map(str, rgb[wrong][0]))
-        raise UserError(f"{path}: color {color} is no class's; add it to the classes' colors")
+        raise UserError(
+            f"{path}: color {color} is no class's; save masks without smoothing, add it to the "
+            f"classes' colors, or ignore it by a line `__ignore__ {color}`"
+        )
     return ids[place]
 
 
@@ -361,13 +381,16 @@ def read_classes(root: Path) -> tuple[tuple[str, ...], Colors | None]:
         lines = list(read_lines(path))
     lines = _unnumbered(lines, path)
     if comments := [line for line in lines if line.startswith("#")]:
-        raise UserError(f"{path}: {comments[0]!r} would be a class; take out what is no class name")
+        raise UserError(f"{path}: {comments[0]!r} would be a class; take comments out of it")
     with_color = [re.fullmatch(r"(.+?)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\d+)", line) for line in lines]
     if any(with_color):
         if not all(with_color):
             raise UserError(f"{path}: {lines[with_color.index(None)]!r} has no color, others have")
         lines = [line[1] for line in with_color]
         entries = {line[1]: tuple(map(int, line.group(2, 3, 4))) for line in with_color}
+    form = re.compile(r"\d[\s,;:/]+\d+[\s,;:/]+\d|#[0-9A-Fa-f]{6}\b")  # of a color in a name
+    if other := [line for line in lines if form.search(line)]:
+        raise UserError(f"{path}: {other[0]!r} holds a color; write lines as `road 128 64 128`")
     if high := [name for name, color in entries.items() if max(color) > 255]:
         raise UserError(f"{path}: the color of {first(high)} is not one of 0..255")
     if twice := [name for name, count in Counter(lines).items() if count > 1]:

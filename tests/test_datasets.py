@@ -868,7 +868,7 @@ def test_sampler_ignores_and_leaves_other_generators():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((0, 4, 0), "there are no .* images"),
+        ((0, 4, 0), "there are no .* images; .* add images without labels"),
         ((10, 0, 0), "batch_size 0"),
         ((10, 4, 0, 0, 3), "batch_size 4 is not divisible by 3 processes"),
         ((10, 4, 0, 2, 2), "rank 2 is not one of 2 processes"),

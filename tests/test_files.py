@@ -316,7 +316,8 @@ def test_masks_in_colors(folder):
     (folder / "classes.txt").write_text("dark 128 64 128\nbright light 0 0 142\n")
     np.testing.assert_array_equal(opened(folder)[0].load("b")[1], IDS)
     save(folder / "masks" / "b.png", rgb[IDS] + np.uint8(1))
-    assert "b.png: color 129 65 129 is no class's" in message(opened(folder)[0].load, "b")
+    assert "b.png: color 129 65 129 is no class's" in (text := message(data.load, "b"))
+    assert "without smoothing" in text and "by a line `__ignore__ 129 65 129`" in text
 
 
 def test_grays_that_stand_for_classes(folder):
@@ -332,6 +333,113 @@ def test_grays_that_stand_for_classes(folder):
     for name in ("a", "b", "sub/c.d", "v"):
         save(folder / "masks" / f"{name}.png", label(0, 1, 255))
     assert values(opened(folder)[0], "a") == {0, 1, 255}
+
+
+COLORED = "wall 255 255 255\ncar 255 0 0\nfloor 0 0 0\n"
+
+
+def colored(folder: Path, classes: str = COLORED, **masks) -> Path:
+    """Masks in white, red and black, but for those given."""
+    (folder / "classes.txt").write_text(classes)
+    rgb = np.array([(255, 255, 255), (255, 0, 0), (0, 0, 0)], np.uint8)
+    for name in ("a", "b", "sub/c.d", "v"):
+        save(folder / "masks" / f"{name}.png", masks.get(name[0], rgb[label(0, 1, 2)]))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["gray", "1 bit"])
+def test_a_gray_mask_among_colors_is_one_of_them(folder, kind):
+    picture = Image.fromarray(label(255, 0))
+    colored(folder, a=picture.convert("1") if kind == "1 bit" else picture)
+    for split in ("full", "1"):  # the other masks tell, whether they are drawn or not
+        np.testing.assert_array_equal(opened(folder, split)[0].load("a")[1], label(0, 2))
+    save(folder / "masks" / "b.png", label(0, 1))  # a mask of ids among them
+    assert "b.png: color 1 1 1 is no class's" in message(open_dataset("folder", folder).load, "b")
+
+
+def test_gray_masks_alone_hold_ids(folder):
+    gray = {name: label(0, 1, 2, 255) for name in "absv"}
+    data, _ = opened(colored(folder, **gray))
+    np.testing.assert_array_equal(data.load("a")[1], gray["a"])
+    colored(folder, **gray | {"a": Image.fromarray(label(255, 0)).convert("1")})
+    text = message(open_dataset("folder", folder).load, "a")
+    assert "a.png: its black and white may be colors of classes.txt or the ids 0 and 1" in text
+
+
+def test_white_to_ignore(folder):
+    one_bit = Image.fromarray(label(255, 0)).convert("1")
+    classes = "floor 0 0 0\ncar 255 0 0\n__ignore__ 255 255 255\n"
+    data, _ = opened(colored(folder, classes, a=one_bit, b=label(255, 0)))
+    for name in "ab":
+        np.testing.assert_array_equal(data.load(name)[1], label(255, 0))
+
+
+def test_ids_and_colors_side_by_side_where_no_gray_could_be_both(folder):
+    classes = "floor 0 0 0\ncar 255 0 0\n"
+    rgb = np.array([(0, 0, 0), (255, 0, 0)], np.uint8)
+    everywhere = {name: rgb[IDS] for name in "bsv"}
+    data, _ = opened(colored(folder, classes, a=IDS, **everywhere))
+    for name in "ab":
+        np.testing.assert_array_equal(data.load(name)[1], IDS)
+
+
+def check_data(folder: Path) -> None:
+    open_data(flags("folder", folder, "full", check_data=True))
+
+
+def test_check_data_asks_about_255_beside_class_0(folder, capsys):
+    save(folder / "masks" / "b.png", label(0, 255))
+    save(folder / "masks" / "sub" / "c.d.png", label(255))
+    with pytest.raises(SystemExit):
+        check_data(folder)
+    printed = capsys.readouterr().out
+    assert f"note: 2 masks hold 255 and no class but 0 ({folder / 'masks' / 'b.png'}, " in printed
+
+
+def test_check_data_reads_all_headers_first(folder):
+    rough = {name: label(0, 1, 7) for name in ("a", "b")}
+    for name, mask in rough.items():
+        save(folder / "masks" / f"{name}.png", mask, format="JPEG", quality=20)
+    text = message(check_data, folder)
+    assert "2 of 6 samples are bad" in text and text.count("lossy compression changes") == 2
+
+
+def test_check_data_prints_shares_of_good_masks_only(folder, capsys):
+    for name in ("a", "b", "sub/c.d", "v"):
+        save(folder / "masks" / f"{name}.png", label(0, 255))
+    assert "give each class its color in classes.txt (`thing 255 255 255`)" in message(
+        check_data, folder
+    )
+    assert "share" not in capsys.readouterr().out
+    save(folder / "masks" / "a.png", label(0, 128, 255))
+    assert "label value 128 is outside the 2 classes" in (text := message(check_data, folder))
+    assert text.endswith("or give each class its color in classes.txt (`thing 255 255 255`)")
+
+
+def test_check_data_aligns_its_table_and_says_where_unlabeled_images_lie(folder, capsys):
+    (folder / "classes.txt").write_text("a\nb\n")
+    save(folder / "images" / "masks" / "p.png", noise())
+    save(folder / "images" / "masks" / "deep" / "q.png", noise())
+    with pytest.raises(SystemExit):
+        check_data(folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in lines[:4]}) == 1, lines[:4]
+    assert "images without labels: 2 in images/masks/, 2 in images/" in lines
+    shutil.rmtree(folder / "images" / "masks")
+    for name in ("x.tif", "y.bmp"):
+        (folder / "images" / name).unlink()
+    with pytest.raises(SystemExit):
+        check_data(folder)
+    assert "images without labels: none; add some to images/" in capsys.readouterr().out
+
+
+def test_masks_of_other_names_are_said(folder):
+    (folder / "masks" / "a.png").rename(folder / "masks" / "a_mask.png")
+    (folder / "masks" / "b.png").rename(folder / "masks" / "b.gif")
+    save(folder / "masks" / "x.png", label(0))  # of an unlabeled image
+    text = message(opened, folder)
+    assert "2 of 4 labels are missing" in text
+    assert "masks/ holds 2 other files (b.gif, a_mask.png): a mask has its image's name" in text
 
 
 def test_a_bad_mask_of_an_unlabeled_image_stops_no_training(folder):
@@ -377,6 +485,10 @@ def test_class_files(tmp_path, text):
     ("Pixel Value, Class\n1, a\n2, b\n", "its pixel values are not 0, 1, 2"),
     ("1 car\n0 background\n", "its pixel values are not 0, 1, 2"),
     ("1: background\n2: car\n", "its pixel values are not 0, 1, 2"),
+    ("0 0 0 a\n128 64 128 b\n", "'0 0 0 a' holds a color; write lines as `road 128 64 128`"),
+    ("a #000000\nb #804080\n", "'a #000000' holds a color"),
+    ("a (0, 0, 0)\nb (1, 2, 3)\n", "'a (0, 0, 0)' holds a color"),
+    ("a:0,0,0::\nb:1,2,3::\n", "'a:0,0,0::' holds a color"),
     ("a 1 2 3\nb 1 2 300\n", "the color of b is not one of 0..255"),
     ("a 1 2 3\nb\n", "'b' has no color"),
     ("a 1 2 3\nb 1 2 3\n", "two classes have one color"),
