@@ -311,7 +311,8 @@ def results(script: str) -> str:
     if len(lines) == 2:
         command = f"python benchmarks/quality.py shapes --rows {script} --workers 2"
         return f"Not measured yet: `{command}`."
-    lines += ["", "mIoU in % of the last checkpoint (± standard deviation); the README has more."]
+    how = "(± standard deviation; without it, one seed)"
+    lines += ["", f"mIoU in % of the last checkpoint {how}; the README has more."]
     return "\n".join(lines)
 
 
