@@ -332,9 +332,10 @@ def main(args: Args) -> dict:
             weight = args.lambda_u * ramp_up(step, args.ramp_up * args.steps)
             loss = loss_sup + weight * loss_cons
 
-            same = aligned[0].argmax(1, keepdim=True) == aligned[1].argmax(1, keepdim=True)
+            classes = [each.max(1, keepdim=True).indices for each in aligned]  # as argmax, faster
+            same = (classes[0] == classes[1]) & valid
             logs = {"loss/sup": loss_sup, "loss/cons": loss_cons}
-            logs["pseudo/agreement"] = (same & valid).sum() / valid.sum().clamp(min=1)
+            logs["pseudo/agreement"] = same.sum() / valid.sum().clamp(min=1)
             if args.log_pseudo_accuracy:
                 logs["pseudo/accuracy"] = pixel_accuracy(logits[0][n:].argmax(1), label_1[n:])
             pictures = {
