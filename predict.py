@@ -103,7 +103,7 @@ def files_of(paths: tuple[Path, ...], out: Path) -> tuple[dict[Path, Path], list
             if out.exists() and out.samefile(path):
                 raise UserError(f"--out {out}: holds the images themselves; name another folder")
             images, left_out = images_under(path, twins=True)
-            inside = {file: Path(name) for name, file in images.items()}
+            inside = {Path(file): Path(name) for name, file in images.items()}
             if results not in (real := Path(os.path.realpath(path)), *real.parents):
                 inside = {f: name for f, name in inside.items() if not is_result(f, results)}
             files |= inside

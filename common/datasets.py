@@ -636,7 +636,7 @@ class Folder(SegmentationData):
                 "images among them, convert them to JPEG or PNG",
             )
         self.masks, others = images_under(root / "masks") if (root / "masks").is_dir() else ({}, [])
-        others += [path for image_id, path in self.masks.items() if image_id not in self.files]
+        others += [Path(path) for name, path in self.masks.items() if name not in self.files]
         if others:
             names = first([path.relative_to(root / "masks") for path in others])
             self.label_hint = (
@@ -733,10 +733,10 @@ class Folder(SegmentationData):
         return absent, IGNORE in seen
 
     def image_path(self, image_id: str) -> Path:
-        return self.files[image_id]
+        return Path(self.files[image_id])
 
     def label_path(self, image_id: str) -> Path:
-        return self.masks.get(image_id, self.folder / "masks" / f"{image_id}.png")
+        return Path(self.masks.get(image_id, f"{self.folder}/masks/{image_id}.png"))
 
     def box_files(self, image_id: str) -> list[Path]:
         path = self.folder / "boxes" / f"{image_id}.xml"
@@ -785,6 +785,8 @@ def open_data(args, with_boxes: bool = False) -> tuple[SegmentationData, Split]:
         data.check_boxes([*drawn.labeled, *others])
     report = data.check_samples(drawn.labeled, data.val_ids, others) if args.check_data else []
     data.check_labels(drawn.labeled, data.val_ids)
+    if getattr(args, "supervised_loss", "") == "ohem" and args.crop_size**2 <= 50_000:
+        data.notes += ("ohem keeps 50,000 pixels an image, which is all of so small a crop",)
     if int(os.environ.get("RANK", 0)) == 0:
         for note in data.notes:
             print(f"note: {note}", file=sys.stderr)

@@ -61,7 +61,7 @@ def visible(paths) -> list[Path]:
     return sorted(path for path in paths if not path.name.startswith("."))
 
 
-def images_under(folder: Path, twins: bool = False) -> tuple[dict[str, Path], list[Path]]:
+def images_under(folder: Path, twins: bool = False) -> tuple[dict[str, str], list[Path]]:
     """({relative name without ending: file} of the images, other files); links are followed.
 
     Hidden files and folders are no data. OSError where a folder cannot be read. Two images that
@@ -71,7 +71,7 @@ def images_under(folder: Path, twins: bool = False) -> tuple[dict[str, Path], li
     def stop(error: OSError) -> None:
         raise error
 
-    images: dict[str, Path] = {}
+    images: dict[str, str] = {}  # no Paths, which take longer to make than a list to read
     others, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(place)
@@ -82,9 +82,9 @@ def images_under(folder: Path, twins: bool = False) -> tuple[dict[str, Path], li
         seen.add(real)
         inner = Path(place).relative_to(folder).as_posix()
         for name in sorted(name for name in names if name[0] != "."):
-            file = Path(place, name)
-            if file.suffix.lower() not in IMAGE_SUFFIXES:
-                others.append(file)
+            file = os.path.join(place, name)
+            if os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES:
+                others.append(Path(file))
                 continue
             key = normal(name if inner == "." else f"{inner}/{name}")
             twin = images.setdefault(without_suffix(key), file)

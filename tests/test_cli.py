@@ -255,3 +255,9 @@ def test_importing_a_script_has_no_side_effect(tmp_path):
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
     )  # fmt: skip
     assert done.returncode == 0 and not done.stdout and not list(tmp_path.iterdir()), done.stderr
+
+
+def test_ohem_on_a_small_crop_is_said(monkeypatch, capsys, tmp_path):
+    line = [*QUICK, "--output-dir", tmp_path, "--supervised-loss", "ohem"]
+    code, _, err = call(supervised, monkeypatch, capsys, *line)
+    assert code == 0 and "note: ohem keeps 50,000 pixels an image" in err
