@@ -28,6 +28,21 @@ def claim(file) -> None:
         pass
 
 
+def allow_open_files(needed: int = 256, wanted: int = 4096) -> None:
+    """Raise the limit of open files as far as it may be raised: loader processes need many."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if most < needed:
+        mend = "raise the limit (ulimit -n 4096), or use --num-workers 0"
+        raise UserError(f"{most} open files are too few for loader processes; {mend}")
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 @contextmanager
 def written_whole(path: Path):
     """A file to write to that takes its place at the end: whatever dies, it is old or new."""

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from common import UserError, synthetic
+from common import UserError, allow_open_files, synthetic
 from common.files import (
     Colors,
     check_boxes,
@@ -785,6 +785,8 @@ def open_data(args, with_boxes: bool = False) -> tuple[SegmentationData, Split]:
         data.check_boxes([*drawn.labeled, *others])
     report = data.check_samples(drawn.labeled, data.val_ids, others) if args.check_data else []
     data.check_labels(drawn.labeled, data.val_ids)
+    if getattr(args, "num_workers", 0):
+        allow_open_files()
     if getattr(args, "supervised_loss", "") == "ohem" and args.crop_size**2 <= 50_000:
         data.notes += ("ohem keeps 50,000 pixels an image, which is all of so small a crop",)
     if int(os.environ.get("RANK", 0)) == 0:

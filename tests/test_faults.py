@@ -298,3 +298,25 @@ def test_damaged_data_trees(monkeypatch, capsys, tmp_path, whole_folder, seed, k
     else:
         assert "are in order" in out
     assert not list(tmp_path.glob("runs/*/*.pt"))
+
+
+def test_few_open_files_are_raised_or_an_error(monkeypatch):
+    import resource
+
+    from common import UserError, allow_open_files
+
+    limits, kind = [], resource.RLIMIT_NOFILE
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.append((which, pair)))
+    endless = resource.RLIM_INFINITY
+    for now, expected in (
+        ((256, endless), [(kind, (4096, endless))]), ((64, 1024), [(kind, (1024, 1024))]),
+        ((8192, 8192), []), ((endless, endless), []), ((1024, 1024), []),
+    ):  # fmt: skip
+        monkeypatch.setattr(resource, "getrlimit", lambda _, now=now: now)
+        allow_open_files()
+        assert limits == expected, now
+        limits.clear()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
+    with pytest.raises(UserError, match="40 open files are too few.*--num-workers 0"):
+        allow_open_files()
+    assert not limits
