@@ -660,7 +660,8 @@ def main() -> None:
     )
     cpu = Path("/proc/cpuinfo")
     names = [s for s in cpu.read_text().splitlines() if "model name" in s] if cpu.exists() else []
-    threads = f"{torch.get_num_threads()} threads on "
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' * (count > 1)} on "
     machine = f"{threads}{len(names)} cores of {names[0].split(': ')[1]}" if names else "cpu"
     machine = torch.cuda.get_device_name() if flags.device == "cuda" else machine
     about = {"flags": vars(flags), "machine": machine, "torch": torch.__version__}
