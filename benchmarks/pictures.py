@@ -25,14 +25,17 @@ from common.transforms import normalize  # noqa: E402
 
 COLORS = [
     "#000000", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#b8a000",
-    "#7f3c8d", "#8c564b", "#7f7f7f",
+    "#7f3c8d", "#8c564b", "#7f7f7f", "#a6761d", "#1b9e77", "#66a61e",
 ]  # fmt: skip
 SIZE, LEFT, TOP, RIGHT, BOTTOM = (860, 480), 60, 20, 190, 50
 
 
 def curves(dataset: str) -> Image.Image:
-    """mIoU of every row over the steps, mean over seeds; names stand where the curves end."""
-    rows = quality.read(dataset)
+    """mIoU over the steps, mean over seeds, of all rows but those that stand apart.
+
+    Names stand where the curves end.
+    """
+    rows = [row for row in quality.read(dataset) if row["row"] not in quality.APART]
     means = {}
     for name in dict.fromkeys(row["row"] for row in rows):
         points = [dict(map(tuple, row["curve"])) for row in rows if row["row"] == name]
@@ -79,13 +82,16 @@ def pseudo_labels(name: str, number: int, columns: int) -> Image.Image:
     script = importlib.import_module(name)
     validate, found = script.validate, []
     split = quality.SPLITS["shapes"][0]
-    data, chosen = open_data("shapes", "data", split, 0, "rest", False, False)
+    args = script.resolve(script.Args(dataset="shapes", split=split, split_seed=0))
+    data, chosen = open_data(args)
     image, label = data.load(chosen.unlabeled[number])
     image, label = normalize(torch.as_tensor(image)[None]), torch.as_tensor(label)[None].long()
 
     def validate_and_keep(model, *args, **kwargs):
+        mode = model.training
         with torch.no_grad():
-            found.append(model(image).argmax(1))
+            found.append(model.eval()(image).argmax(1))
+        model.train(mode)
         return validate(model, *args, **kwargs)
 
     script.validate = validate_and_keep

@@ -54,6 +54,17 @@ def test_weights_of_gct():
     assert len({flags.get("--exp-name") for flags in given.values()}) == len(given)
 
 
+def test_pseudo_labels_become_a_picture(monkeypatch):
+    import pictures
+
+    import classmix
+
+    monkeypatch.setitem(classmix.PAPER["shapes"], "steps", 2)
+    monkeypatch.setitem(classmix.PAPER["shapes"], "batch_size", 2)
+    picture = pictures.pseudo_labels("classmix", 0, 2)
+    assert picture.size == (2 * 4 * 64, 2 * 64)
+
+
 def test_every_script_is_in_the_tables():
     assert {"supervised", *quality.SCRIPTS} == set(SCRIPTS) == set(speed.FLOORS)
 
