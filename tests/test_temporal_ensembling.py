@@ -455,7 +455,7 @@ def test_two_processes_leave_the_bank_of_one(quick):
         assert row_1["loss/sup"] == pytest.approx(row_2["loss/sup"], abs=1e-5)
         # A mean over micro-batches that cover more or less; the second process has targets, too.
         assert row_1["pseudo/seen"] == pytest.approx(row_2["pseudo/seen"], rel=0.1)
-    assert rows[0][-1]["pseudo/seen"] > 0.5
+    assert rows[0][-1]["pseudo/seen"] > 0.3
 
 
 def test_the_same_view_twice_agrees_with_itself(quick, monkeypatch):
