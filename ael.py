@@ -1067,7 +1067,7 @@ class Run:
             changed = [k for k in now if k not in NEUTRAL and before.get(k) != now[k]]
             if changed:
                 pairs = ", ".join(f"{k} {before.get(k)} -> {now[k]}" for k in changed)
-                mend = "use another --exp-name to keep it, or delete it"
+                mend = "give other flags or data another --exp-name, or delete it"
                 raise UserError(f"{self.folder} holds a run that differs in {pairs}; {mend}")
 
     def open(self) -> dict:
