@@ -286,15 +286,18 @@ def boxes_from_mask(
 
     label: (H, W) class ids, 255 ignored; rows: class, top, left, bottom, right, half-open
     """
-    rows = []
-    for number in range(num_classes):
-        if number == background:
+    rows, ids = [], label.numpy()
+    windows = ndimage.find_objects(ids.astype(np.int32) + 1, num_classes)  # where a class lies
+    for number, window in enumerate(windows):
+        if window is None or number == background:
             continue
-        parts, count = ndimage.label(label.numpy() == number, np.ones((3, 3)))
+        parts, count = ndimage.label(ids[window] == number, np.ones((3, 3)))
+        top, left = (side.start for side in window)
         pixels = np.bincount(parts.ravel(), minlength=count + 1)[1:]
         for size, (down, across) in zip(pixels, ndimage.find_objects(parts), strict=True):
             if size >= min_pixels:
-                rows.append((number, down.start, across.start, down.stop, across.stop))
+                edges = down.start + top, across.start + left, down.stop + top, across.stop + left
+                rows.append((number, *edges))
     return torch.tensor(rows, dtype=torch.int64).view(-1, 5)
 
 
