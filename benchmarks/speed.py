@@ -664,7 +664,8 @@ def main() -> None:
     threads = f"{count} thread{'s' * (count > 1)} on "
     machine = f"{threads}{len(names)} cores of {names[0].split(': ')[1]}" if names else "cpu"
     machine = torch.cuda.get_device_name() if flags.device == "cuda" else machine
-    about = {"flags": vars(flags), "machine": machine, "torch": torch.__version__}
+    own = {k: v for k, v in vars(flags).items() if k not in ("data_root", "out")}  # not of a place
+    about = {"flags": own, "machine": machine, "torch": torch.__version__}
     for name in ["loader"] if flags.loader else flags.scripts:
         loading = name == "loader"
         row = loader(flags.data_root, 320, 10) if loading else measure(name, flags, flags.blocks)
